@@ -1,11 +1,11 @@
 """Builds ``mann_ext/libmann_ext.so`` (the operators) and ``mann_ext._C`` (build information).
 
-The operators use PyTorch's stable C++ interface, so one library serves every torch from 2.10 on, with or
-without CUDA. g++ compiles the C++ sources, nvcc (where present) the CUDA sources, ninja runs them in
-parallel and rebuilds only what changed. Environment variables:
+The operators use PyTorch's stable C++ interface, so one library serves every torch from 2.10 on,
+with or without CUDA. g++ compiles the C++ sources, nvcc (where there is one) the CUDA sources;
+ninja runs them in parallel and rebuilds only what changed. Environment variables:
 
-    MANN_EXT_NATIVE      0 | 1 | auto   build the operators: never, always, if there is a C++ compiler
-    MANN_EXT_CUDA        0 | 1 | auto   compile csrc/cuda: never, always, if there is an nvcc
+    MANN_EXT_NATIVE      0 | 1 | auto   build the operators: no, yes, if there is a C++ compiler
+    MANN_EXT_CUDA        0 | 1 | auto   compile csrc/cuda: no, yes, if there is an nvcc
     MANN_EXT_CUDA_ARCHS  e.g. "8.0;9.0+PTX" (the default); sm_80 and 80 mean the same as 8.0
     CXX, NVCC, CUDA_HOME, MAX_JOBS   the usual meaning
 """
@@ -43,7 +43,7 @@ NVCC_FLAGS = (
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
-# One object per instruction set of every csrc/cpu/NAME.simd.cpp; csrc/cpu/isa.h chooses at run time.
+# Every csrc/cpu/NAME.simd.cpp is compiled for each of these; csrc/cpu/isa.h chooses at run time.
 ISA_FLAGS_X86 = {
     "baseline": [],
     "avx2": "-mavx2 -mfma -mf16c".split(),
@@ -83,7 +83,7 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str] | None:
 
 
 def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Path of nvcc as MANN_EXT_CUDA, NVCC, CUDA_HOME and PATH say, or None if CUDA is not to be built."""
+    """Path of nvcc as MANN_EXT_CUDA, NVCC, CUDA_HOME and PATH say; None: CUDA is not built."""
     wanted = switch("MANN_EXT_CUDA", environ)
     if wanted == "0":
         return None
@@ -96,8 +96,8 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
             return found
     if wanted == "1":
         raise BuildError(
-            "MANN_EXT_CUDA=1 but nvcc was not found; install the CUDA toolkit, set CUDA_HOME or NVCC, "
-            "or set MANN_EXT_CUDA=0 for a CPU-only build"
+            "MANN_EXT_CUDA=1 but nvcc was not found; install the CUDA toolkit, set CUDA_HOME or "
+            "NVCC, or set MANN_EXT_CUDA=0 for a CPU-only build"
         )
     return None
 
@@ -116,8 +116,8 @@ def cuda_libraries(nvcc: str) -> Path:
             if (top / folder / "libcudart_static.a").is_file():
                 return (top / folder).resolve()
     raise BuildError(
-        f"nvcc is {nvcc}, but libcudart_static.a was not found beside it; install the CUDA runtime's "
-        "development files or set MANN_EXT_CUDA=0"
+        f"nvcc is {nvcc}, but libcudart_static.a was not found beside it; install the CUDA "
+        "runtime's development files or set MANN_EXT_CUDA=0"
     )
 
 
@@ -131,7 +131,8 @@ def cuda_archs(environ: Mapping[str, str] = os.environ) -> list[str]:
         match = re.fullmatch(r"(?:sm_|compute_)?(\d+)\.?(\d[af]?)(\+PTX)?", item, re.IGNORECASE)
         if match is None:
             raise BuildError(
-                f"MANN_EXT_CUDA_ARCHS={text!r}: cannot read {item!r}; expected a list such as 8.0;9.0+PTX"
+                f"MANN_EXT_CUDA_ARCHS={text!r}: cannot read {item!r}; "
+                "expected a list such as 8.0;9.0+PTX"
             )
         number = match[1] + match[2].lower()
         archs.append(f"sm_{number}")
@@ -151,7 +152,7 @@ def simd_variants(machine: str = platform.machine()) -> dict[str, list[str]]:
 
 
 def torch_folder() -> Path:
-    """Folder of the installed torch, whose headers and libraries the operators are built against."""
+    """Folder of the installed torch, whose headers and libraries the build uses."""
     spec = find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError(
@@ -160,7 +161,9 @@ def torch_folder() -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not (folder / "include/torch/csrc/stable/library.h").is_file():
-        raise BuildError(f"the torch in {folder} has no stable C++ interface; torch>=2.10 is needed")
+        raise BuildError(
+            f"the torch in {folder} has no stable C++ interface; torch>=2.10 is needed"
+        )
     return folder
 
 
@@ -209,8 +212,8 @@ def native_wanted(environ: Mapping[str, str] = os.environ) -> bool:
     if wanted == "1":
         raise BuildError(f"MANN_EXT_NATIVE=1 but {reason}")
     print(
-        f"mann_ext build: {reason}: installing without the compiled operators; everything runs on the "
-        "slower PyTorch reference. Install g++ and reinstall for the fast path.",
+        f"mann_ext build: {reason}: installing without the compiled operators; everything runs on "
+        "the slower PyTorch reference. Install g++ and reinstall for the fast path.",
         file=sys.stderr,
     )
     return False
@@ -230,7 +233,9 @@ class NinjaFile:
         if deps:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
-    def add(self, rule: str, output: Path, inputs: list[Path], flags: list[str] | None = None) -> Path:
+    def add(
+        self, rule: str, output: Path, inputs: list[Path], flags: list[str] | None = None
+    ) -> Path:
         """Add a build statement and return its output."""
         names = " ".join(escape(path) for path in inputs)
         self.lines.append(f"build {escape(output)}: {rule} {names}")
@@ -264,7 +269,7 @@ def escape(path: Path) -> str:
 def write_build(
     ninja: NinjaFile, library: Path, bindings: Path, version: str, csrc: Path = CSRC
 ) -> list[Path]:
-    """Fill `ninja` with what makes `library` and `bindings` from `csrc`; returns those with sources."""
+    """Fill `ninja` with what makes `library` and `bindings`; returns those that have sources."""
     outputs: list[Path] = []
     compiler = find_compiler()
     assert compiler is not None
@@ -288,23 +293,24 @@ def write_build(
         ninja.add("cxx", ninja.build / f"{path.relative_to(csrc)}.o", [path], flags)
         for path in plain
     ]
-    # Inline functions shared by several objects are taken from the first that has them, so the objects for
-    # newer instruction sets come last: otherwise an old CPU could meet an AVX-512 std::vector.
+    # Inline functions shared by several objects are taken from the first that has them, so objects
+    # for newer instruction sets come last: else an old CPU could meet an AVX-512 std::vector.
     for isa, isa_flags in simd_variants().items():
         for path in sorted(csrc.glob("cpu/*.simd.cpp")):
             output = ninja.build / f"{path.relative_to(csrc)}.{isa}.o"
             objects.append(
                 ninja.add("cxx", output, [path], [*flags, *isa_flags, f"-DMANN_EXT_ISA={isa}"])
             )
-    # libtorch.so is kept even if nothing of it is used: through it the CUDA half of a torch that has one is
-    # found (symbols that are weak here), whichever torch the library was built with.
+    # libtorch.so is kept even if nothing of it is used: through it the CUDA half of a torch that
+    # has one is found (symbols that are weak here), whichever torch the library was built with.
     link = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     link += ["-ltorch_cpu", "-lc10", "-Wl,--exclude-libs,ALL"]
     if nvcc:
+        host = next(word for word in reversed(compiler) if not word.startswith("-"))
         ninja.rule(
             "nvcc",
-            [nvcc, f"-ccbin={compiler[0]}", "-MD", "-MF", "$out.d", *NVCC_FLAGS, *gencode(archs)]
-            + ["$flags", "-c", "$in", "-o", "$out"],
+            [nvcc, f"-ccbin={host}", "-MD", "-MF", "$out.d", *NVCC_FLAGS]
+            + [*gencode(archs), "$flags", "-c", "$in", "-o", "$out"],
             deps=True,
         )
         objects += [
