@@ -42,6 +42,7 @@ NVCC_FLAGS = (
 ).split()
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # often there without being on the PATH
 
 # Every csrc/cpu/NAME.simd.cpp is compiled for each of these; csrc/cpu/isa.h chooses at run time.
 ISA_FLAGS_X86 = {
@@ -88,8 +89,7 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
     if wanted == "0":
         return None
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
-    candidates = [environ.get("NVCC"), f"{home}/bin/nvcc" if home else None, "nvcc"]
-    candidates.append("/usr/local/cuda/bin/nvcc")
+    candidates = [environ.get("NVCC"), f"{home}/bin/nvcc" if home else None, "nvcc", USUAL_NVCC]
     for candidate in candidates:
         found = candidate and shutil.which(candidate, path=environ.get("PATH"))
         if found:

@@ -1,4 +1,5 @@
-// mann_ext._C: what was built, how, and what it uses on this machine. No torch headers, nothing on a hot path.
+// mann_ext._C: what was built, how, and what it uses on this machine. No torch headers, nothing on
+// a hot path.
 #include <pybind11/pybind11.h>
 
 #include <thread>
