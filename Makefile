@@ -44,7 +44,7 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 build: $(VENV)/.installed-demo ## install the package in the virtual environment, operators compiled
-	$(BIN)/mann-ext info
+	$(BIN)/python -m mann_ext.info
 
 clean: ## remove what was built, not the virtual environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
