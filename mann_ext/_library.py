@@ -114,7 +114,7 @@ def _explain(device: torch.device, operator: str | None) -> str:
     if _load_error:
         return (
             f"backend 'native' was asked for {what}, but {_load_error}. Install a C++ compiler "
-            f"(g++) and run `{REINSTALL}` in mann_ext's source folder, or use mann_ext.backend('auto')"
+            f"(g++) and run `{REINSTALL}` in mann_ext's source folder, or use backend 'auto'"
         )
     if device.type == "cuda":
         fix = "build with nvcc (MANN_EXT_CUDA=1) or move the tensors to the CPU"
@@ -130,9 +130,8 @@ def _warn_once() -> None:
     _warned = True
     warnings.warn(
         f"{_load_error[0].upper()}{_load_error[1:]}. It runs on the slower PyTorch reference. "
-        f"For the fast path install a C++ compiler (g++) and run `{REINSTALL}` in mann_ext's source "
-        "folder; "
-        "MANN_EXT_BACKEND=reference hides this warning.",
+        f"For the fast path install a C++ compiler (g++) and run `{REINSTALL}` in mann_ext's "
+        "source folder; MANN_EXT_BACKEND=reference hides this warning.",
         RuntimeWarning,
         stacklevel=4,
     )
