@@ -1,0 +1,882 @@
+// LRUA memory, one step at a time: erase, write, address, read, usage (forward), and the same
+// walked backwards, each in one pass over the memory a step.
+//
+// Bytes a slot and step when the memory does not fit in cache (4-byte numbers): forward 8 W + 16 R
+// + 16, backward 16 W + 16 R rolling back, 12 W + 16 R with every M_t saved. Multiply-adds an
+// element: forward 3 R + 1, backward 7 R + 2 (8 R + 2 rolling back).
+#include "cpu/lrua.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "cpu/lrua_tile.h"
+#include "cpu/simd.h"
+
+namespace MANN_EXT_ISA {
+namespace {
+
+using namespace mann_ext::lrua;
+
+// exp(score) needs no shift while |strength| is at most this: sums over 10^9 slots stay finite.
+constexpr double kUnshifted = 40;
+
+template <class A>
+struct Candidate {
+  A usage;
+  int64_t slot;  // -1: none yet
+};
+
+// The n smallest usages seen so far, smallest first; NaN is larger than any number, and of equal
+// usages the one seen first stays ahead, so slots must be offered in ascending order.
+template <class A>
+struct LeastUsed {
+  Candidate<A>* best;
+  int64_t n;
+
+  static bool smaller(A a, A b) { return a < b || (b != b && a == a); }
+
+  void clear() const {
+    for (int64_t i = 0; i < n; ++i) best[i] = {std::numeric_limits<A>::quiet_NaN(), -1};
+  }
+  A bound() const { return best[n - 1].usage; }
+  void offer(A usage, int64_t slot) const {
+    int64_t i = n - 1;
+    if (best[i].slot >= 0 && !smaller(usage, best[i].usage)) return;
+    for (; i > 0 && (best[i - 1].slot < 0 || smaller(usage, best[i - 1].usage)); --i)
+      best[i] = best[i - 1];
+    best[i] = {usage, slot};
+  }
+  // Offers the slots first .. first + kTile that exist.
+  MANN_EXT_INLINE void offer_tile(const A* usage, int64_t first, int64_t slots) const {
+    for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+      uint32_t open = lanes_not_at_least<A>(load<A>(usage + lane), bound());
+      while (open != 0) {
+        const int64_t i = lane + __builtin_ctz(open);
+        open &= open - 1;
+        if (first + i < slots) offer(usage[i], first + i);
+      }
+    }
+  }
+};
+
+// Takes aligned pieces off one allocation; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Per-thread room for what lives only within one block.
+inline char* thread_scratch(int64_t bytes) {
+  thread_local std::vector<char> room;
+  if (static_cast<int64_t>(room.size()) < bytes + 64) room.resize(bytes + 64);
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(room.data()) + 63) & ~uintptr_t{63});
+}
+
+template <class A, class S>
+struct Scan {
+  using Int = typename Lanes<A>::Int;
+
+  // ---------------------------------------------------------------- shared by both directions
+
+  static int64_t at(const Shape& s, int64_t t, int64_t b) { return t * s.batch + b; }
+  static bool resets(const Inputs& in, const Shape& s, int64_t t, int64_t b) {
+    return in.reset != nullptr && in.reset[at(s, t, b)];
+  }
+  static const A* key(const Inputs& in, const Shape& s, int64_t t, int64_t b) {
+    return static_cast<const A*>(in.keys) + at(s, t, b) * s.heads * s.width;
+  }
+  static const A* content(const Inputs& in, const Shape& s, int64_t t, int64_t b) {
+    return static_cast<const A*>(in.contents) + at(s, t, b) * s.heads * s.width;
+  }
+  static const A* gate(const Inputs& in, const Shape& s, int64_t t, int64_t b) {
+    return static_cast<const A*>(in.gates) + at(s, t, b) * s.heads;
+  }
+  static A strength(const Inputs& in, const Shape& s, int64_t t, int64_t b, int64_t r) {
+    return in.strengths == nullptr ? A(1)
+                                   : static_cast<const A*>(in.strengths)[at(s, t, b) * s.heads + r];
+  }
+  static int64_t tile_slots(const Shape& s, int64_t tile) {
+    return std::min(kTile, s.slots - tile * kTile);
+  }
+
+  // w_w = g * w_prev + (1 - g) * lu over one tile (eq. 22), and which slots survive the erase.
+  // Returns false where nothing of this tile is erased.
+  static MANN_EXT_INLINE bool write_weights(const Shape& s, const Options& o, const A* previous,
+                                            const A* gates, const int64_t* slots, int64_t tile,
+                                            A* weights, int64_t stride, Int* keep) {
+    for (int64_t r = 0; r < s.heads; ++r) {
+      const A g = gates[r];
+      for (int64_t lane = 0; lane < kTile; lane += kLanes<A>)
+        store<A>(weights + r * stride + lane,
+                 g * load<A>(previous + r * s.padded + tile * kTile + lane));
+    }
+    bool any = false;
+    for (int64_t i = 0; i < s.chosen; ++i) {
+      const int64_t lane = slots[i] - tile * kTile;
+      if (lane < 0 || lane >= kTile) continue;
+      if (!any) std::fill(keep, keep + kTile, Int(-1));
+      any = true;
+      keep[lane] = 0;
+      for (int64_t r = 0; r < s.heads; ++r)
+        if (o.shared || r % s.chosen == i) weights[r * stride + lane] += A(1) - gates[r];
+    }
+    return any;
+  }
+
+  // dst = keep * src + sum_r weights_r contents_r^T, all heads, unscored.
+  template <class D, class Src>
+  static void write_tile(const Shape& s, const Src* src, D* dst, const Int* keep, const A* weights,
+                         const A* contents) {
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      if (r == 0)
+        tile_write<A, D, Src, G, false>(src, dst, s.width, keep, weights, contents, nullptr,
+                                        nullptr, nullptr);
+      else
+        tile_write<A, D, D, G, false>(dst, dst, s.width, nullptr, weights + r * kTile,
+                                      contents + r * s.width, nullptr, nullptr, nullptr);
+    });
+  }
+
+  // The memory that an episode of this batch element starts from: the argument, or the constant.
+  static void initial_tile(const Inputs& in, const Shape& s, const Options& o, int64_t b,
+                           int64_t tile, bool given, S* dst) {
+    const int64_t count = tile_slots(s, tile);
+    if (given) {
+      tile_from_rows(dst,
+                     static_cast<const S*>(in.memory) + b * in.memory_batch_stride +
+                         tile * kTile * in.memory_slot_stride,
+                     in.memory_slot_stride, in.memory_width_stride, count, s.width);
+    } else {
+      S value;
+      store_scalar<A>(&value, static_cast<A>(o.initial_value));
+      tile_from_rows(dst, &value, 0, 0, count, s.width);
+    }
+  }
+
+  static void copy_padded(const A* rows, int64_t heads, int64_t slots, int64_t padded, A* out) {
+    for (int64_t r = 0; r < heads; ++r) {
+      if (rows == nullptr)
+        std::fill(out + r * padded, out + r * padded + slots, A(0));
+      else
+        std::copy(rows + r * slots, rows + (r + 1) * slots, out + r * padded);
+      std::fill(out + r * padded + slots, out + (r + 1) * padded, A(0));
+    }
+  }
+
+  // ---------------------------------------------------------------- forward
+
+  struct ForwardScratch {
+    S* memory;                 // tiles; of a single block when there is one step, see work_tile
+    A* initial;                // [R][padded]: read weights given
+    A* fresh;                  // [R][padded]: read weights after a reset, one-hot at slot 0
+    A* weights[2];             // [R][padded]: where no history is kept
+    A* usage;                  // [padded]
+    A* partial;                // [blocks][R * W reads, R totals, R shifts]
+    Candidate<A>* candidates;  // [blocks][n]
+    int64_t* slots;            // [n]: for the coming step
+    int64_t bytes;
+
+    ForwardScratch(const Forward& p, void* base) {
+      const Shape& s = p.shape;
+      Arena arena(base);
+      // With every M_t saved the snapshots are the memory.
+      memory = arena.take<S>(saves_all(p) ? 0 : s.tiles * s.width * kTile);
+      initial = arena.take<A>(s.heads * s.padded);
+      fresh = arena.take<A>(p.in.reset == nullptr ? 0 : s.heads * s.padded);
+      for (A*& w : weights) w = arena.take<A>(p.weight_history ? 0 : s.heads * s.padded);
+      usage = arena.take<A>(s.padded);
+      partial = arena.take<A>(s.blocks * s.heads * (s.width + 2));
+      candidates = arena.take<Candidate<A>>(s.blocks * s.chosen);
+      slots = arena.take<int64_t>(s.chosen);
+      bytes = arena.used();
+    }
+
+    // w_t, written at step t; t = -1: what the scan was given.
+    A* read_weights(const Forward& p, int64_t b, int64_t t) const {
+      if (t < 0) return initial;
+      if (p.weight_history == nullptr) return weights[t % 2];
+      return static_cast<A*>(p.weight_history) + at(p.shape, t, b) * p.shape.heads * p.shape.padded;
+    }
+    const A* previous_weights(const Forward& p, int64_t b, int64_t t) const {
+      return resets(p.in, p.shape, t, b) ? fresh : read_weights(p, b, t - 1);
+    }
+  };
+
+  static bool saves_all(const Forward& p) {
+    return p.snapshots != nullptr && p.options.snapshot_every == 1;
+  }
+  static S* snapshot(const Forward& p, int64_t b, int64_t t) {
+    const Shape& s = p.shape;
+    return static_cast<S*>(p.snapshots) +
+           at(s, t / p.options.snapshot_every, b) * s.tiles * s.width * kTile;
+  }
+
+  static int64_t forward_scratch_bytes(const Forward& p) {
+    return ForwardScratch(p, nullptr).bytes;
+  }
+
+  static void forward_begin(const Forward& p, void* base, int64_t b) {
+    const Shape& s = p.shape;
+    const ForwardScratch scratch(p, base);
+    copy_padded(static_cast<const A*>(p.in.read_weights) + b * s.heads * s.slots, s.heads, s.slots,
+                s.padded, scratch.initial);
+    if (p.in.reset != nullptr) {
+      copy_padded(nullptr, s.heads, s.slots, s.padded, scratch.fresh);
+      for (int64_t r = 0; r < s.heads; ++r) scratch.fresh[r * s.padded] = A(1);
+    }
+    const A* usage = static_cast<const A*>(p.usage) + b * s.slots;
+    std::copy(usage, usage + s.slots, scratch.usage);
+    // Slots that do not exist never look unused.
+    std::fill(scratch.usage + s.slots, scratch.usage + s.padded,
+              std::numeric_limits<A>::infinity());
+    for (int64_t block = 0; block < s.blocks; ++block) offer_block(s, scratch, block);
+    forward_select(p, base, b, -1);
+  }
+
+  static void offer_block(const Shape& s, const ForwardScratch& scratch, int64_t block) {
+    const LeastUsed<A> least{scratch.candidates + block * s.chosen, s.chosen};
+    least.clear();
+    const int64_t end = std::min(s.tiles, (block + 1) * s.block_tiles);
+    for (int64_t tile = block * s.block_tiles; tile < end; ++tile)
+      least.offer_tile(scratch.usage + tile * kTile, tile * kTile, s.slots);
+  }
+
+  // Merges the blocks' candidates, ascending, into the slots that step t + 1 erases and writes.
+  static void forward_select(const Forward& p, void* base, int64_t b, int64_t t) {
+    const Shape& s = p.shape;
+    const ForwardScratch scratch(p, base);
+    if (t + 1 >= s.steps) return;
+    if (resets(p.in, s, t + 1, b)) {
+      for (int64_t i = 0; i < s.chosen; ++i) scratch.slots[i] = (i + 1) % s.slots;
+      std::fill(scratch.usage, scratch.usage + s.slots, A(0));
+      scratch.usage[0] = A(1);
+    } else {
+      Candidate<A> best[kMaxHeads];
+      const LeastUsed<A> least{best, s.chosen};
+      least.clear();
+      for (int64_t i = 0; i < s.blocks * s.chosen; ++i) {
+        const Candidate<A>& candidate = scratch.candidates[i];
+        if (candidate.slot >= 0) least.offer(candidate.usage, candidate.slot);
+      }
+      for (int64_t i = 0; i < s.chosen; ++i) scratch.slots[i] = best[i].slot;
+    }
+    if (p.slot_history != nullptr)
+      std::copy(scratch.slots, scratch.slots + s.chosen,
+                p.slot_history + at(s, t + 1, b) * s.chosen);
+  }
+
+  // Erase, write, address and read the blocks [block, end) at step t, up to the normalisation.
+  static void forward_pass(const Forward& p, void* base, int64_t b, int64_t t, int64_t block,
+                           int64_t end) {
+    const Shape& s = p.shape;
+    const ForwardScratch scratch(p, base);
+    const A* previous = scratch.previous_weights(p, b, t);
+    A* weights = scratch.read_weights(p, b, t);
+    const A* gates = gate(p.in, s, t, b);
+    const A* keys = key(p.in, s, t, b);
+    const A* contents = content(p.in, s, t, b);
+    const bool starts = t == 0 || resets(p.in, s, t, b);
+    const bool given = !resets(p.in, s, t, b);
+    const bool snapshots = p.snapshots != nullptr && (t + 1) % p.options.snapshot_every == 0;
+    const int64_t tile_size = s.width * kTile;
+
+    Arena room(thread_scratch((2 * s.heads + 1) * kTile * sizeof(A) + kTile * sizeof(Int) +
+                              tile_size * sizeof(S) + 1024));
+    A* write = room.take<A>(s.heads * kTile);
+    A* dots = room.take<A>(s.heads * kTile);
+    A* squares = room.take<A>(kTile);
+    Int* keep = room.take<Int>(kTile);
+    S* first = room.take<S>(tile_size);
+
+    A key_norm[kMaxHeads], beta[kMaxHeads];
+    for (int64_t r = 0; r < s.heads; ++r) {
+      key_norm[r] = norm(keys + r * s.width, s.width);
+      beta[r] = strength(p.in, s, t, b, r);
+    }
+
+    for (; block < end; ++block) {
+      const int64_t tile0 = block * s.block_tiles;
+      const int64_t tile1 = std::min(s.tiles, tile0 + s.block_tiles);
+      S* memory = saves_all(p) ? snapshot(p, b, t) : scratch.memory;
+      for (int64_t tile = tile0; tile < tile1; ++tile) {
+        S* dst = memory + tile * tile_size;
+        const S* src = dst;
+        if (starts) {
+          initial_tile(p.in, s, p.options, b, tile, given, first);
+          src = first;
+        } else if (saves_all(p)) {
+          src = snapshot(p, b, t - 1) + tile * tile_size;
+        }
+        const bool erases =
+            write_weights(s, p.options, previous, gates, scratch.slots, tile, write, kTile, keep);
+        if (erases && p.erased_rows != nullptr) save_erased(p, b, t, scratch.slots, tile, src);
+        A* usage = scratch.usage + tile * kTile;
+        for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+          Vec<A> u = static_cast<A>(p.options.usage_decay) * load<A>(usage + lane);
+          for (int64_t r = 0; r < s.heads; ++r) u += load<A>(write + r * kTile + lane);
+          store<A>(usage + lane, u);
+        }
+        write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots, squares);
+        for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+          const Vec<A> length = square_root<A>(load<A>(squares + lane));
+          for (int64_t r = 0; r < s.heads; ++r)
+            store<A>(weights + r * s.padded + tile * kTile + lane,
+                     beta[r] * load<A>(dots + r * kTile + lane) /
+                         (key_norm[r] * length + static_cast<A>(p.options.eps)));
+        }
+        if (t + 1 == s.steps)
+          tile_to_rows(dst, static_cast<S*>(p.memory_out) + (b * s.slots + tile * kTile) * s.width,
+                       tile_slots(s, tile), s.width);
+        if (snapshots && !saves_all(p))
+          std::copy(dst, dst + tile_size, snapshot(p, b, t) + tile * tile_size);
+      }
+
+      A* partial = scratch.partial + block * s.heads * (s.width + 2);
+      A* totals = partial + s.heads * s.width;
+      A* shifts = totals + s.heads;
+      for (int64_t r = 0; r < s.heads; ++r)
+        totals[r] = exponentials(s, weights + r * s.padded, tile0, tile1,
+                                 !(std::abs(beta[r]) <= A(kUnshifted)), shifts + r);
+      for_head_groups(s.heads, [&](int64_t r, auto G) {
+        column_sums<A, S, G>(memory + tile0 * tile_size, tile1 - tile0, s.width,
+                             weights + r * s.padded + tile0 * kTile, s.padded,
+                             partial + r * s.width);
+      });
+    }
+  }
+
+  static A norm(const A* v, int64_t width) {
+    double sum = 0;
+    for (int64_t j = 0; j < width; ++j) sum += static_cast<double>(v[j]) * v[j];
+    return static_cast<A>(std::sqrt(sum));
+  }
+
+  static void save_erased(const Forward& p, int64_t b, int64_t t, const int64_t* slots,
+                          int64_t tile, const S* src) {
+    const Shape& s = p.shape;
+    for (int64_t i = 0; i < s.chosen; ++i) {
+      const int64_t lane = slots[i] - tile * kTile;
+      if (lane < 0 || lane >= kTile) continue;
+      S* row = static_cast<S*>(p.erased_rows) + (at(s, t, b) * s.chosen + i) * s.width;
+      for (int64_t j = 0; j < s.width; ++j) row[j] = src[j * kTile + lane];
+    }
+  }
+
+  // The last group of heads is scored while the finished row is in registers.
+  static MANN_EXT_INLINE void write_and_score(const Shape& s, const S* src, S* dst, const Int* keep,
+                                              const A* weights, const A* contents, const A* keys,
+                                              A* dots, A* squares) {
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      if (r + G == s.heads)
+        tile_write<A, S, S, G, true>(src, dst, s.width, keep, weights + r * kTile,
+                                     contents + r * s.width, keys + r * s.width, dots + r * kTile,
+                                     squares);
+      else
+        tile_write<A, S, S, G, false>(src, dst, s.width, keep, weights + r * kTile,
+                                      contents + r * s.width, nullptr, nullptr, nullptr);
+      src = dst;
+      keep = nullptr;
+    });
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      if (r + G != s.heads) tile_score<A, S, G>(dst, s.width, keys + r * s.width, dots + r * kTile);
+    });
+  }
+
+  // Scores to exponentials in place over one block; returns their sum and the shift used.
+  static A exponentials(const Shape& s, A* scores, int64_t tile0, int64_t tile1, bool shifted,
+                        A* shift) {
+    const int64_t last = std::min(s.slots, tile1 * kTile);
+    A top = A(0);
+    if (shifted) {
+      top = scores[tile0 * kTile];
+      for (int64_t i = tile0 * kTile + 1; i < last; ++i)
+        if (!(scores[i] <= top)) top = scores[i];
+    }
+    *shift = top;
+    Vec<A> sum[2] = {};
+    for (int64_t i = tile0 * kTile; i < tile1 * kTile; i += 2 * kLanes<A>)
+      for (int v = 0; v < 2; ++v) {
+        A* at = scores + i + v * kLanes<A>;
+        Vec<A> e = exponential<A>(load<A>(at) - top);
+        if (i + (v + 1) * kLanes<A> > last)
+          for (int lane = 0; lane < kLanes<A>; ++lane)
+            if (i + v * kLanes<A> + lane >= last) e[lane] = A(0);
+        store<A>(at, e);
+        sum[v] += e;
+      }
+    return sum_lanes<A>(sum[0] + sum[1]);
+  }
+
+  // Adds the blocks in their order: normaliser, reads, and the factor for each block's weights.
+  static void forward_combine(const Forward& p, void* base, int64_t b, int64_t t) {
+    const Shape& s = p.shape;
+    const ForwardScratch scratch(p, base);
+    const int64_t size = s.heads * (s.width + 2);
+    A* reads = static_cast<A*>(p.reads) + at(s, t, b) * s.heads * s.width;
+    for (int64_t r = 0; r < s.heads; ++r) {
+      A* totals = scratch.partial + s.heads * s.width + r;
+      A* shifts = totals + s.heads;
+      A top = shifts[0];
+      for (int64_t k = 1; k < s.blocks; ++k)
+        if (!(shifts[k * size] <= top)) top = shifts[k * size];
+      double total = 0;
+      for (int64_t k = 0; k < s.blocks; ++k) {
+        shifts[k * size] = std::exp(shifts[k * size] - top);
+        total += static_cast<double>(totals[k * size]) * shifts[k * size];
+      }
+      for (int64_t j = 0; j < s.width; ++j) {
+        double sum = 0;
+        for (int64_t k = 0; k < s.blocks; ++k)
+          sum +=
+              static_cast<double>(scratch.partial[k * size + r * s.width + j]) * shifts[k * size];
+        reads[r * s.width + j] = static_cast<A>(sum / total);
+      }
+      for (int64_t k = 0; k < s.blocks; ++k)
+        shifts[k * size] = static_cast<A>(shifts[k * size] / total);
+    }
+  }
+
+  // w = exponentials / normaliser; u = decay * u + sum_r (w_r + w_w,r); candidates for t + 1.
+  static void forward_weights(const Forward& p, void* base, int64_t b, int64_t t, int64_t block,
+                              int64_t end) {
+    const Shape& s = p.shape;
+    const ForwardScratch scratch(p, base);
+    A* weights = scratch.read_weights(p, b, t);
+    for (; block < end; ++block) {
+      const A* scales = scratch.partial + block * s.heads * (s.width + 2) + s.heads * (s.width + 1);
+      const int64_t last = std::min(s.tiles, (block + 1) * s.block_tiles) * kTile;
+      for (int64_t i = block * s.block_tiles * kTile; i < last; i += kLanes<A>) {
+        Vec<A> u = load<A>(scratch.usage + i);
+        for (int64_t r = 0; r < s.heads; ++r) {
+          const Vec<A> w = load<A>(weights + r * s.padded + i) * scales[r];
+          store<A>(weights + r * s.padded + i, w);
+          u += w;
+        }
+        store<A>(scratch.usage + i, u);
+      }
+      offer_block(s, scratch, block);
+    }
+  }
+
+  static void forward_end(const Forward& p, void* base, int64_t b) {
+    const Shape& s = p.shape;
+    const ForwardScratch scratch(p, base);
+    const A* weights = scratch.read_weights(p, b, s.steps - 1);
+    A* weights_out = static_cast<A*>(p.weights_out) + b * s.heads * s.slots;
+    for (int64_t r = 0; r < s.heads; ++r)
+      std::copy(weights + r * s.padded, weights + r * s.padded + s.slots,
+                weights_out + r * s.slots);
+    std::copy(scratch.usage, scratch.usage + s.slots, static_cast<A*>(p.usage_out) + b * s.slots);
+  }
+
+  // ---------------------------------------------------------------- backward
+
+  struct BackwardScratch {
+    A* memory;        // tiles of M_t where it is not a snapshot
+    A* grad;          // tiles of dL/dM_t
+    A* weights_grad;  // [R][padded]: dL/dw_t from later steps
+    A* initial;       // [R][padded]
+    A* fresh;         // [R][padded]
+    A* carry;         // [R]: sum_i w_t,i * weights_grad_i
+    A* partial;       // [blocks][2 R W + 4 R], see Partial
+    int64_t bytes;
+
+    BackwardScratch(const Backward& p, void* base) {
+      const Shape& s = p.shape;
+      Arena arena(base);
+      const int64_t numbers = s.tiles * s.width * kTile;
+      memory = arena.take<A>(p.options.snapshot_every == 1 ? 0 : numbers);
+      grad = arena.take<A>(numbers);
+      weights_grad = arena.take<A>(s.heads * s.padded);
+      initial = arena.take<A>(s.heads * s.padded);
+      fresh = arena.take<A>(p.in.reset == nullptr ? 0 : s.heads * s.padded);
+      carry = arena.take<A>(s.heads);
+      partial = arena.take<A>(s.blocks * partial_size(s));
+      bytes = arena.used();
+    }
+    const A* read_weights(const Backward& p, int64_t b, int64_t t) const {
+      if (t < 0) return initial;
+      return static_cast<const A*>(p.weight_history) +
+             at(p.shape, t, b) * p.shape.heads * p.shape.padded;
+    }
+    const A* previous_weights(const Backward& p, int64_t b, int64_t t) const {
+      return resets(p.in, p.shape, t, b) ? fresh : read_weights(p, b, t - 1);
+    }
+  };
+
+  // A block's sums: gradients of keys and contents [R][W] each, then [R] each of
+  // sum dw_w * w_prev, sum dw_w * lu, sum ds * cos (for the strength), sum of the cosine's own
+  // term.
+  static int64_t partial_size(const Shape& s) { return s.heads * (2 * s.width + 4); }
+
+  static bool has_snapshot(const Backward& p, int64_t t) {
+    return p.options.snapshot_every > 0 && (t + 1) % p.options.snapshot_every == 0;
+  }
+  static const S* snapshot(const Backward& p, int64_t b, int64_t t) {
+    const Shape& s = p.shape;
+    return static_cast<const S*>(p.snapshots) +
+           at(s, t / p.options.snapshot_every, b) * s.tiles * s.width * kTile;
+  }
+  static const int64_t* slots_at(const Backward& p, int64_t b, int64_t t) {
+    return p.slot_history + at(p.shape, t, b) * p.shape.chosen;
+  }
+
+  static int64_t backward_scratch_bytes(const Backward& p) {
+    return BackwardScratch(p, nullptr).bytes;
+  }
+
+  static void backward_begin(const Backward& p, void* base, int64_t b) {
+    const Shape& s = p.shape;
+    const BackwardScratch scratch(p, base);
+    copy_padded(static_cast<const A*>(p.in.read_weights) + b * s.heads * s.slots, s.heads, s.slots,
+                s.padded, scratch.initial);
+    if (p.in.reset != nullptr) {
+      copy_padded(nullptr, s.heads, s.slots, s.padded, scratch.fresh);
+      for (int64_t r = 0; r < s.heads; ++r) scratch.fresh[r * s.padded] = A(1);
+    }
+    const A* weights_grad = p.grad_weights == nullptr
+                                ? nullptr
+                                : static_cast<const A*>(p.grad_weights) + b * s.heads * s.slots;
+    copy_padded(weights_grad, s.heads, s.slots, s.padded, scratch.weights_grad);
+    const A* last = scratch.read_weights(p, b, s.steps - 1);
+    for (int64_t r = 0; r < s.heads; ++r) {
+      double sum = 0;
+      if (weights_grad != nullptr)
+        for (int64_t i = 0; i < s.slots; ++i)
+          sum += static_cast<double>(weights_grad[r * s.slots + i]) * last[r * s.padded + i];
+      scratch.carry[r] = static_cast<A>(sum);
+    }
+  }
+
+  // M_T and dL/dM_T of one tile, from the user's layout, at the first backward step.
+  static void begin_tile(const Backward& p, const BackwardScratch& scratch, int64_t b,
+                         int64_t tile) {
+    const Shape& s = p.shape;
+    const int64_t tile_size = s.width * kTile;
+    const int64_t count = tile_slots(s, tile);
+    const int64_t row = (b * s.slots + tile * kTile) * s.width;
+    if (!has_snapshot(p, s.steps - 1))
+      tile_from_rows(scratch.memory + tile * tile_size, static_cast<const S*>(p.memory_out) + row,
+                     s.width, 1, count, s.width);
+    A* grad = scratch.grad + tile * tile_size;
+    if (p.grad_memory == nullptr)
+      std::fill(grad, grad + tile_size, A(0));
+    else
+      tile_from_rows(grad, static_cast<const S*>(p.grad_memory) + row, s.width, 1, count, s.width);
+  }
+
+  // M_{t-1} of one tile from its episode's start, exactly as the forward pass made it.
+  static void replay_tile(const Backward& p, const BackwardScratch& scratch, int64_t b, int64_t t,
+                          int64_t tile, A* write, Int* keep, S* replayed) {
+    const Shape& s = p.shape;
+    int64_t start = t - 1;
+    while (start > 0 && !resets(p.in, s, start, b)) --start;
+    initial_tile(p.in, s, p.options, b, tile, !resets(p.in, s, start, b), replayed);
+    for (int64_t step = start; step < t; ++step) {
+      const bool erases =
+          write_weights(s, p.options, scratch.previous_weights(p, b, step), gate(p.in, s, step, b),
+                        slots_at(p, b, step), tile, write, kTile, keep);
+      write_tile(s, replayed, replayed, erases ? keep : nullptr, write, content(p.in, s, step, b));
+    }
+    A* dst = scratch.memory + tile * s.width * kTile;
+    for (int64_t i = 0; i < s.width * kTile; i += kLanes<A>)
+      store<A>(dst + i, load<A>(replayed + i));
+  }
+
+  static void backward_pass(const Backward& p, void* base, int64_t b, int64_t t, int64_t block,
+                            int64_t end) {
+    const BackwardScratch scratch(p, base);
+    const int64_t tile_size = p.shape.width * kTile;
+    for (; block < end; ++block) {
+      const int64_t tile0 = block * p.shape.block_tiles;
+      const int64_t tile1 = std::min(p.shape.tiles, tile0 + p.shape.block_tiles);
+      if (t + 1 == p.shape.steps)
+        for (int64_t tile = tile0; tile < tile1; ++tile) begin_tile(p, scratch, b, tile);
+      if (has_snapshot(p, t))
+        backward_block(p, scratch, b, t, tile0, tile1, snapshot(p, b, t) + tile0 * tile_size);
+      else
+        backward_block(p, scratch, b, t, tile0, tile1,
+                       static_cast<const A*>(scratch.memory + tile0 * tile_size));
+    }
+  }
+
+  template <class M>
+  static void backward_block(const Backward& p, const BackwardScratch& scratch, int64_t b,
+                             int64_t t, int64_t tile0, int64_t tile1, const M* tiles) {
+    const Shape& s = p.shape;
+    const int64_t tile_size = s.width * kTile;
+    const int64_t block_slots = (tile1 - tile0) * kTile;
+    const A* previous = scratch.previous_weights(p, b, t);
+    const A* weights = scratch.read_weights(p, b, t);
+    const A* keys = key(p.in, s, t, b);
+    const A* contents = content(p.in, s, t, b);
+    const A* gates = gate(p.in, s, t, b);
+    const A* reads = static_cast<const A*>(p.reads) + at(s, t, b) * s.heads * s.width;
+    const A* grads = static_cast<const A*>(p.grad_reads) + at(s, t, b) * s.heads * s.width;
+    const int64_t* slots = slots_at(p, b, t);
+
+    Arena room(thread_scratch((2 * s.heads * (block_slots + kTile) + 2 * kTile) * sizeof(A) +
+                              s.heads * kTile * sizeof(A) + kTile * sizeof(Int) +
+                              tile_size * sizeof(S) + 1024));
+    A* x = room.take<A>(s.heads * block_slots);      // dL/d(k . m), a block of slots
+    A* write = room.take<A>(s.heads * block_slots);  // w_w, a block of slots
+    A* x_tile = room.take<A>(s.heads * kTile);
+    A* grad_dots = room.take<A>(s.heads * kTile);
+    A* write_tile_weights = room.take<A>(s.heads * kTile);
+    A* squares = room.take<A>(kTile);
+    A* self = room.take<A>(kTile);
+    Int* keep = room.take<Int>(kTile);
+    S* replayed = room.take<S>(tile_size);
+
+    A* partial = scratch.partial + tile0 / s.block_tiles * partial_size(s);
+    A* key_sums = partial;
+    A* content_sums = key_sums + s.heads * s.width;
+    A* previous_sums = content_sums + s.heads * s.width;
+    A* chosen_sums = previous_sums + s.heads;
+    A* strength_sums = chosen_sums + s.heads;
+    A* own_sums = strength_sums + s.heads;
+    std::fill(chosen_sums, chosen_sums + s.heads, A(0));
+    Vec<A> previous_sum[kMaxHeads] = {}, strength_sum[kMaxHeads] = {}, own_sum[kMaxHeads] = {};
+
+    A key_norm[kMaxHeads], beta[kMaxHeads], expected[kMaxHeads];
+    for (int64_t r = 0; r < s.heads; ++r) {
+      key_norm[r] = Scan::norm(keys + r * s.width, s.width);
+      beta[r] = strength(p.in, s, t, b, r);
+      double sum = scratch.carry[r];  // c_r of LRUA.md's backward step: sum_i w_i dL/dw_i
+      for (int64_t j = 0; j < s.width; ++j)
+        sum += static_cast<double>(grads[r * s.width + j]) * reads[r * s.width + j];
+      expected[r] = static_cast<A>(sum);
+    }
+    const A eps = static_cast<A>(p.options.eps);
+
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const M* m = tiles + (tile - tile0) * tile_size;
+      A* grad = scratch.grad + tile * tile_size;
+      const int64_t offset = (tile - tile0) * kTile;
+      write_weights(s, p.options, previous, gates, slots, tile, write + offset, block_slots, keep);
+      for_head_groups(s.heads, [&](int64_t r, auto G) {
+        if (r == 0)
+          tile_score_pair<A, M, G, true>(m, s.width, keys, grads, x_tile, grad_dots, squares);
+        else
+          tile_score_pair<A, M, G, false>(m, s.width, keys + r * s.width, grads + r * s.width,
+                                          x_tile + r * kTile, grad_dots + r * kTile, nullptr);
+      });
+      for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+        const Vec<A> length = square_root<A>(load<A>(squares + lane));
+        const Vec<A> inverse_length = length > A(0) ? A(1) / length : Vec<A>{};
+        Vec<A> own = {};
+        for (int64_t r = 0; r < s.heads; ++r) {
+          const int64_t i = r * s.padded + tile * kTile + lane;
+          const Vec<A> inverse = A(1) / (key_norm[r] * length + eps);
+          const Vec<A> cosine = load<A>(x_tile + r * kTile + lane) * inverse;
+          const Vec<A> score_grad =
+              load<A>(weights + i) * (load<A>(grad_dots + r * kTile + lane) +
+                                      load<A>(scratch.weights_grad + i) - expected[r]);
+          const Vec<A> dot_grad = score_grad * beta[r] * inverse;
+          strength_sum[r] += score_grad * cosine;
+          own -= dot_grad * cosine * key_norm[r] * inverse_length;
+          own_sum[r] += dot_grad * cosine * length;
+          store<A>(x_tile + r * kTile + lane, dot_grad);
+          store<A>(x + r * block_slots + offset + lane, dot_grad);
+        }
+        store<A>(self + lane, own);
+      }
+      gradient_of_tile(s, m, grad, x_tile, weights + tile * kTile, self, keys, grads, contents,
+                       grad_dots);
+      // grad_dots is now dL/dw_w.
+      for (int64_t r = 0; r < s.heads; ++r)
+        for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+          const int64_t i = r * s.padded + tile * kTile + lane;
+          const Vec<A> d = load<A>(grad_dots + r * kTile + lane);
+          previous_sum[r] += d * load<A>(previous + i);
+          store<A>(scratch.weights_grad + i, gates[r] * d);
+        }
+      for (int64_t i = 0; i < s.chosen; ++i) {
+        const int64_t lane = slots[i] - tile * kTile;
+        if (lane < 0 || lane >= kTile) continue;
+        for (int64_t r = 0; r < s.heads; ++r)
+          if (p.options.shared || r % s.chosen == i) chosen_sums[r] += grad_dots[r * kTile + lane];
+      }
+    }
+
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      column_sums<A, M, G>(tiles, tile1 - tile0, s.width, x + r * block_slots, block_slots,
+                           key_sums + r * s.width);
+      column_sums<A, A, G>(scratch.grad + tile0 * tile_size, tile1 - tile0, s.width,
+                           write + r * block_slots, block_slots, content_sums + r * s.width);
+    });
+    for (int64_t r = 0; r < s.heads; ++r) {
+      previous_sums[r] = sum_lanes<A>(previous_sum[r]);
+      strength_sums[r] = sum_lanes<A>(strength_sum[r]);
+      own_sums[r] = sum_lanes<A>(own_sum[r]);
+    }
+
+    const bool reset = resets(p.in, s, t, b);
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      A* grad = scratch.grad + tile * tile_size;
+      if (reset) {
+        std::fill(grad, grad + tile_size, A(0));
+        for (int64_t r = 0; r < s.heads; ++r) {
+          A* d = scratch.weights_grad + r * s.padded + tile * kTile;
+          std::fill(d, d + kTile, A(0));
+        }
+      } else {
+        erase_gradient(s, slots, tile, grad);
+      }
+      if (t == 0) {
+        if (p.grad_memory_in != nullptr)
+          tile_to_rows(grad,
+                       static_cast<S*>(p.grad_memory_in) + (b * s.slots + tile * kTile) * s.width,
+                       tile_slots(s, tile), s.width);
+      } else if (!has_snapshot(p, t - 1)) {
+        const bool exact = t == 1 || resets(p.in, s, t - 1, b);  // M_1 from M_0, not from M_2
+        if (reset || exact) {
+          replay_tile(p, scratch, b, t, tile, write_tile_weights, keep, replayed);
+        } else {
+          for (int64_t r = 0; r < s.heads; ++r)
+            for (int64_t lane = 0; lane < kTile; lane += kLanes<A>)
+              store<A>(write_tile_weights + r * kTile + lane,
+                       -load<A>(write + r * block_slots + (tile - tile0) * kTile + lane));
+          A* memory = scratch.memory + tile * tile_size;
+          write_tile(s, tiles + (tile - tile0) * tile_size, memory, nullptr, write_tile_weights,
+                     contents);
+          restore_erased(p, b, t, tile, memory);
+        }
+      }
+    }
+  }
+
+  template <class M>
+  static MANN_EXT_INLINE void gradient_of_tile(const Shape& s, const M* m, A* grad, const A* x,
+                                               const A* weights, const A* self, const A* keys,
+                                               const A* grads, const A* contents, A* dots) {
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      const A* xr = x + r * kTile;
+      const A* wr = weights + r * s.padded;
+      const A* kr = keys + r * s.width;
+      const A* gr = grads + r * s.width;
+      const A* ar = contents + r * s.width;
+      A* dr = dots + r * kTile;
+      const bool first = r == 0, last = r + G == s.heads;
+      if (first && last)
+        tile_gradient<A, M, G, true, true>(m, grad, s.width, xr, wr, s.padded, self, kr, gr, ar,
+                                           dr);
+      else if (first)
+        tile_gradient<A, M, G, true, false>(m, grad, s.width, xr, wr, s.padded, self, kr, gr, ar,
+                                            dr);
+      else if (last)
+        tile_gradient<A, M, G, false, true>(m, grad, s.width, xr, wr, s.padded, self, kr, gr, ar,
+                                            dr);
+      else
+        tile_gradient<A, M, G, false, false>(m, grad, s.width, xr, wr, s.padded, self, kr, gr, ar,
+                                             dr);
+    });
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      if (r + G != s.heads)
+        tile_score<A, A, G>(grad, s.width, contents + r * s.width, dots + r * kTile);
+    });
+  }
+
+  static void erase_gradient(const Shape& s, const int64_t* slots, int64_t tile, A* grad) {
+    for (int64_t i = 0; i < s.chosen; ++i) {
+      const int64_t lane = slots[i] - tile * kTile;
+      if (lane < 0 || lane >= kTile) continue;
+      for (int64_t j = 0; j < s.width; ++j) grad[j * kTile + lane] = A(0);
+    }
+  }
+
+  static void restore_erased(const Backward& p, int64_t b, int64_t t, int64_t tile, A* memory) {
+    const Shape& s = p.shape;
+    const int64_t* slots = slots_at(p, b, t);
+    for (int64_t i = 0; i < s.chosen; ++i) {
+      const int64_t lane = slots[i] - tile * kTile;
+      if (lane < 0 || lane >= kTile) continue;
+      const S* row = static_cast<const S*>(p.erased_rows) + (at(s, t, b) * s.chosen + i) * s.width;
+      for (int64_t j = 0; j < s.width; ++j) memory[j * kTile + lane] = load_scalar<A>(row + j);
+    }
+  }
+
+  static void backward_combine(const Backward& p, void* base, int64_t b, int64_t t) {
+    const Shape& s = p.shape;
+    const BackwardScratch scratch(p, base);
+    const int64_t size = partial_size(s);
+    const auto total = [&](int64_t i) {
+      double sum = 0;
+      for (int64_t k = 0; k < s.blocks; ++k) sum += scratch.partial[k * size + i];
+      return static_cast<A>(sum);
+    };
+    const int64_t rw = s.heads * s.width;
+    const A* keys = key(p.in, s, t, b);
+    A* grad_keys = static_cast<A*>(p.grad_keys) + at(s, t, b) * rw;
+    A* grad_contents =
+        p.grad_contents ? static_cast<A*>(p.grad_contents) + at(s, t, b) * rw : nullptr;
+    for (int64_t r = 0; r < s.heads; ++r) {
+      const A key_norm = Scan::norm(keys + r * s.width, s.width);
+      const A own = total(2 * rw + 3 * s.heads + r);
+      const A along = key_norm > A(0) ? own / key_norm : A(0);
+      for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i) {
+        A grad = total(i) - along * keys[i];
+        const A content_grad = total(rw + i);
+        if (grad_contents != nullptr)
+          grad_contents[i] = content_grad;
+        else
+          grad += content_grad;
+        grad_keys[i] = grad;
+      }
+      const A previous = total(2 * rw + r);
+      const int64_t head = at(s, t, b) * s.heads + r;
+      static_cast<A*>(p.grad_gates)[head] = previous - total(2 * rw + s.heads + r);
+      if (p.grad_strengths != nullptr)
+        static_cast<A*>(p.grad_strengths)[head] = total(2 * rw + 2 * s.heads + r);
+      scratch.carry[r] = resets(p.in, s, t, b) ? A(0) : gate(p.in, s, t, b)[r] * previous;
+    }
+  }
+
+  static void backward_end(const Backward& p, void* base, int64_t b) {
+    const Shape& s = p.shape;
+    const BackwardScratch scratch(p, base);
+    A* out = static_cast<A*>(p.grad_weights_in) + b * s.heads * s.slots;
+    for (int64_t r = 0; r < s.heads; ++r)
+      std::copy(scratch.weights_grad + r * s.padded, scratch.weights_grad + r * s.padded + s.slots,
+                out + r * s.slots);
+  }
+
+  static const Kernels table;
+};
+
+template <class A, class S>
+const Kernels Scan<A, S>::table = {forward_scratch_bytes, forward_begin,          forward_pass,
+                                   forward_combine,       forward_weights,        forward_select,
+                                   forward_end,           backward_scratch_bytes, backward_begin,
+                                   backward_pass,         backward_combine,       backward_end};
+
+}  // namespace
+
+const Kernels& lrua_kernels(Storage storage) {
+  switch (storage) {
+    case Storage::float64: return Scan<double, double>::table;
+    case Storage::bfloat16: return Scan<float, BFloat16>::table;
+    case Storage::float16: return Scan<float, Half>::table;
+    default: return Scan<float, float>::table;
+  }
+}
+
+// As many tiles as keep the memory and its gradient within a 1 MB second-level cache.
+int64_t lrua_block_tiles(int64_t width, int64_t acc_bytes) {
+  const int64_t bytes = std::max<int64_t>(1, width) * kTile * acc_bytes;
+  return std::clamp<int64_t>((320 << 10) / bytes, 1, 32);
+}
+
+}  // namespace MANN_EXT_ISA

@@ -1,0 +1,229 @@
+// The inner loops of the LRUA kernels: what is done to one tile of 64 slots or to one block of
+// tiles.
+#pragma once
+
+#include "cpu/lrua.h"
+#include "cpu/simd.h"
+
+namespace MANN_EXT_ISA {
+
+using mann_ext::lrua::kTile;
+
+// Vectors of slots worked on together: as many as keep every accumulator in a register.
+constexpr int kTogether = kRegisters == 32 ? 2 : 1;
+
+// Calls body(first head, std::integral_constant<int, G>) for groups of 4, 2 and 1 heads.
+template <class F>
+MANN_EXT_INLINE void for_head_groups(int64_t heads, const F& body) {
+  int64_t r = 0;
+  for (; r + 4 <= heads; r += 4) body(r, std::integral_constant<int, 4>());
+  if (r + 2 <= heads) {
+    body(r, std::integral_constant<int, 2>());
+    r += 2;
+  }
+  if (r < heads) body(r, std::integral_constant<int, 1>());
+}
+
+template <class A>
+MANN_EXT_INLINE Vec<A> keep_lanes(const typename Lanes<A>::Int* keep, Vec<A> v) {
+  using Mask = typename Lanes<A>::mask;
+  return reinterpret_cast<Vec<A>>(reinterpret_cast<Mask>(v) & *reinterpret_cast<const Mask*>(keep));
+}
+
+// dst = keep * src + sum_g weights_g contents_g^T over one tile; with Score also
+// dots_g = dst . keys_g and squares = |dst|^2. `keep` (all ones or zero a slot) may be null.
+// G heads: 2 G + 1 multiply-adds an element, one load and one store of the element.
+template <class A, class D, class S, int G, bool Score>
+inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t width,
+                                                 const typename Lanes<A>::Int* keep,
+                                                 const A* weights, const A* contents, const A* keys,
+                                                 A* dots, A* squares) {
+  constexpr int L = kLanes<A>;
+  constexpr int V = kTogether;
+  for (int64_t lane = 0; lane < kTile; lane += V * L) {
+    Vec<A> w[G][V], dot[G][V] = {}, square[V] = {};
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < V; ++v) w[g][v] = load<A>(weights + g * kTile + lane + v * L);
+    for (int64_t j = 0; j < width; ++j) {
+      Vec<A> m[V];
+      for (int v = 0; v < V; ++v) {
+        m[v] = load<A>(src + j * kTile + lane + v * L);
+        if (keep != nullptr) m[v] = keep_lanes<A>(keep + lane + v * L, m[v]);
+      }
+      for (int g = 0; g < G; ++g)
+        for (int v = 0; v < V; ++v) m[v] += w[g][v] * contents[g * width + j];
+      for (int v = 0; v < V; ++v) m[v] = store_rounded<A>(dst + j * kTile + lane + v * L, m[v]);
+      if constexpr (Score) {
+        for (int g = 0; g < G; ++g)
+          for (int v = 0; v < V; ++v) dot[g][v] += m[v] * keys[g * width + j];
+        for (int v = 0; v < V; ++v) square[v] += m[v] * m[v];
+      }
+    }
+    if constexpr (Score) {
+      for (int v = 0; v < V; ++v) {
+        for (int g = 0; g < G; ++g) store<A>(dots + g * kTile + lane + v * L, dot[g][v]);
+        store<A>(squares + lane + v * L, square[v]);
+      }
+    }
+  }
+}
+
+// dots_g = m . rows_g over one tile, for heads that tile_write did not score.
+template <class A, class S, int G>
+inline __attribute__((noinline)) void tile_score(const S* tile, int64_t width, const A* rows,
+                                                 A* dots) {
+  constexpr int L = kLanes<A>;
+  for (int64_t lane = 0; lane < kTile; lane += L) {
+    Vec<A> dot[G] = {};
+    for (int64_t j = 0; j < width; ++j) {
+      const Vec<A> m = load<A>(tile + j * kTile + lane);
+      for (int g = 0; g < G; ++g) dot[g] += m * rows[g * width + j];
+    }
+    for (int g = 0; g < G; ++g) store<A>(dots + g * kTile + lane, dot[g]);
+  }
+}
+
+// Backward of addressing, first half: dots with the keys and with the gradients of the reads, and
+// (First) the squared norms.
+template <class A, class M, int G, bool First>
+inline __attribute__((noinline)) void tile_score_pair(const M* tile, int64_t width, const A* keys,
+                                                      const A* grads, A* key_dots, A* grad_dots,
+                                                      A* squares) {
+  constexpr int L = kLanes<A>;
+  constexpr int V = kTogether;
+  for (int64_t lane = 0; lane < kTile; lane += V * L) {
+    Vec<A> key_dot[G][V] = {}, grad_dot[G][V] = {}, square[V] = {};
+    for (int64_t j = 0; j < width; ++j) {
+      Vec<A> m[V];
+      for (int v = 0; v < V; ++v) m[v] = load<A>(tile + j * kTile + lane + v * L);
+      for (int g = 0; g < G; ++g)
+        for (int v = 0; v < V; ++v) {
+          key_dot[g][v] += m[v] * keys[g * width + j];
+          grad_dot[g][v] += m[v] * grads[g * width + j];
+        }
+      if constexpr (First)
+        for (int v = 0; v < V; ++v) square[v] += m[v] * m[v];
+    }
+    for (int v = 0; v < V; ++v) {
+      for (int g = 0; g < G; ++g) {
+        store<A>(key_dots + g * kTile + lane + v * L, key_dot[g][v]);
+        store<A>(grad_dots + g * kTile + lane + v * L, grad_dot[g][v]);
+      }
+      if constexpr (First) store<A>(squares + lane + v * L, square[v]);
+    }
+  }
+}
+
+// Second half: the gradient of the tile, grad += sum_g x_g keys_g^T + w_g grads_g^T (+ self * m),
+// and (Last) with the finished gradient dots_g = grad . contents_g.
+template <class A, class M, int G, bool First, bool Last>
+inline __attribute__((noinline)) void tile_gradient(const M* tile, A* grad, int64_t width,
+                                                    const A* x, const A* w, int64_t w_stride,
+                                                    const A* self, const A* keys, const A* grads,
+                                                    const A* contents, A* dots) {
+  constexpr int L = kLanes<A>;
+  constexpr int V = kTogether;
+  for (int64_t lane = 0; lane < kTile; lane += V * L) {
+    Vec<A> xv[G][V], wv[G][V], dot[G][V] = {}, own[V];
+    for (int v = 0; v < V; ++v) {
+      for (int g = 0; g < G; ++g) {
+        xv[g][v] = load<A>(x + g * kTile + lane + v * L);
+        wv[g][v] = load<A>(w + g * w_stride + lane + v * L);
+      }
+      own[v] = load<A>(self + lane + v * L);
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      Vec<A> total[V];
+      for (int v = 0; v < V; ++v) {
+        A* p = grad + j * kTile + lane + v * L;
+        total[v] = load<A>(p);
+        if constexpr (First) total[v] += own[v] * load<A>(tile + j * kTile + lane + v * L);
+      }
+      for (int g = 0; g < G; ++g)
+        for (int v = 0; v < V; ++v) {
+          total[v] += xv[g][v] * keys[g * width + j];
+          total[v] += wv[g][v] * grads[g * width + j];
+        }
+      for (int v = 0; v < V; ++v) store<A>(grad + j * kTile + lane + v * L, total[v]);
+      if constexpr (Last)
+        for (int g = 0; g < G; ++g)
+          for (int v = 0; v < V; ++v) dot[g][v] += total[v] * contents[g * width + j];
+    }
+    if constexpr (Last)
+      for (int g = 0; g < G; ++g)
+        for (int v = 0; v < V; ++v) store<A>(dots + g * kTile + lane + v * L, dot[g][v]);
+  }
+}
+
+template <class A, class M, int G, int J>
+MANN_EXT_INLINE void column_sums_at(const M* tiles, int64_t count, int64_t width, int64_t j,
+                                    const A* weights, int64_t stride, A* out) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[G][J] = {};
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const M* column = tiles + (tile * width + j) * kTile;
+    const A* w = weights + tile * kTile;
+    for (int64_t lane = 0; lane < kTile; lane += L) {
+      Vec<A> wv[G];
+      for (int g = 0; g < G; ++g) wv[g] = load<A>(w + g * stride + lane);
+      for (int i = 0; i < J; ++i) {
+        const Vec<A> m = load<A>(column + i * kTile + lane);
+        for (int g = 0; g < G; ++g) sum[g][i] += wv[g] * m;
+      }
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < J; ++i) out[g * width + j + i] = sum_lanes<A>(sum[g][i]);
+}
+
+// out_g[j] = sum over the slots of `count` tiles of weights_g[slot] * tile[j][slot]: the read, and
+// the gradients of keys and contents. An outer product in registers, G * 4 accumulators.
+template <class A, class M, int G>
+inline __attribute__((noinline)) void column_sums(const M* tiles, int64_t count, int64_t width,
+                                                  const A* weights, int64_t stride, A* out) {
+  constexpr int J = kRegisters == 32 ? 5 : 2;
+  int64_t j = 0;
+  for (; j + J <= width; j += J)
+    column_sums_at<A, M, G, J>(tiles, count, width, j, weights, stride, out);
+  for (; j < width; ++j) column_sums_at<A, M, G, 1>(tiles, count, width, j, weights, stride, out);
+}
+
+// ---- between the user's layout [N][W] and tiles [W][kTile] ----
+
+// rows (at most kTile of them, strides in elements) to one tile; slots past `count` are zero.
+template <class D, class S>
+inline void tile_from_rows(D* tile, const S* rows, int64_t slot_stride, int64_t width_stride,
+                           int64_t count, int64_t width) {
+  using A = std::conditional_t<std::is_same_v<D, double>, double, float>;
+  // Eight columns at a time: a cache line of each row is used while it is in L1.
+  for (int64_t j0 = 0; j0 < width; j0 += 8) {
+    const int64_t j1 = j0 + 8 < width ? j0 + 8 : width;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = j0; j < j1; ++j) {
+        const S* p = rows + i * slot_stride + j * width_stride;
+        if constexpr (std::is_same_v<D, S>)
+          tile[j * kTile + i] = *p;
+        else
+          store_scalar<A>(tile + j * kTile + i, load_scalar<A>(p));
+      }
+    for (int64_t i = count; i < kTile; ++i)
+      for (int64_t j = j0; j < j1; ++j) store_scalar<A>(tile + j * kTile + i, A(0));
+  }
+}
+
+template <class D, class S>
+inline void tile_to_rows(const S* tile, D* rows, int64_t count, int64_t width) {
+  using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
+  for (int64_t j0 = 0; j0 < width; j0 += 8) {
+    const int64_t j1 = j0 + 8 < width ? j0 + 8 : width;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = j0; j < j1; ++j) {
+        if constexpr (std::is_same_v<D, S>)
+          rows[i * width + j] = tile[j * kTile + i];
+        else
+          store_scalar<A>(rows + i * width + j, load_scalar<A>(tile + j * kTile + i));
+      }
+  }
+}
+
+}  // namespace MANN_EXT_ISA

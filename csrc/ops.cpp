@@ -1,0 +1,26 @@
+// Every operator's schema, in one place. The kernels register themselves per device.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(mann_ext, m) {
+  m.def(
+      "lrua_scan(Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor gates, "
+      "Tensor? strengths, Tensor? contents, Tensor? reset, float usage_decay, bool shared, "
+      "float eps, float initial_value, int snapshot_every, bool save_for_backward, int chunk) -> "
+      "(Tensor reads, Tensor memory_out, Tensor read_weights_out, Tensor usage_out, "
+      "Tensor weight_history, Tensor slot_history, Tensor erased_rows, Tensor snapshots)");
+  m.def(
+      "lrua_scan_backward(Tensor grad_reads, Tensor? grad_memory, Tensor? grad_read_weights, "
+      "Tensor memory, Tensor read_weights, Tensor keys, Tensor gates, Tensor? strengths, "
+      "Tensor? contents, Tensor? reset, Tensor reads, Tensor memory_out, Tensor weight_history, "
+      "Tensor slot_history, Tensor erased_rows, Tensor snapshots, bool shared, float eps, "
+      "float initial_value, int snapshot_every, bool need_memory_grad) -> "
+      "(Tensor grad_memory, Tensor grad_read_weights, Tensor grad_keys, Tensor grad_gates, "
+      "Tensor grad_strengths, Tensor grad_contents)");
+  m.def(
+      "content_read(Tensor queries, Tensor keys, Tensor? values, Tensor? strengths, Tensor? mask, "
+      "bool cosine, float eps) -> (Tensor reads, Tensor weights)");
+  m.def(
+      "content_read_backward(Tensor grad_reads, Tensor? grad_weights, Tensor queries, Tensor keys, "
+      "Tensor? values, Tensor? strengths, Tensor reads, Tensor weights, bool cosine, float eps) -> "
+      "(Tensor grad_queries, Tensor grad_keys, Tensor grad_values, Tensor grad_strengths)");
+}
