@@ -2,31 +2,15 @@
 // thread.
 #include "cpu/lrua.h"
 
-#include <cstdlib>
-#include <memory>
+#include <algorithm>
 #include <tuple>
 
+#include "cpu/driver.h"
 #include "cpu/isa.h"
-#include "cpu/threads.h"
 #include "ops.h"
 
 namespace mann_ext::lrua {
 namespace {
-
-// Below this many numbers of memory a batch element is not worth splitting between threads.
-constexpr int64_t kSplitNumbers = int64_t{1} << 18;
-
-Storage storage_of(const Tensor& memory) {
-  switch (memory.scalar_type()) {
-    case ScalarType::Float: return Storage::float32;
-    case ScalarType::Double: return Storage::float64;
-    case ScalarType::BFloat16: return Storage::bfloat16;
-    case ScalarType::Half: return Storage::float16;
-    default:
-      throw std::invalid_argument(
-          "lrua_scan: memory must be float32, float64, bfloat16 or float16");
-  }
-}
 
 const Kernels& kernels(Storage storage) {
 #if defined(__x86_64__)
@@ -34,17 +18,6 @@ const Kernels& kernels(Storage storage) {
   if (current_isa() == Isa::avx2) return avx2::lrua_kernels(storage);
 #endif
   return baseline::lrua_kernels(storage);
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<void, Free>;
-
-Scratch allocate(int64_t bytes) {
-  void* p = std::aligned_alloc(64, static_cast<size_t>(bytes / 64 + 1) * 64);
-  if (p == nullptr) throw std::bad_alloc();
-  return Scratch(p);
 }
 
 Shape make_shape(const Tensor& memory, const Tensor& keys) {
@@ -91,22 +64,6 @@ Inputs make_inputs(const char* op, const Shape& s, const Tensor& memory, const T
                 data(strengths),
                 contents.has_value() ? contents->const_data_ptr() : keys.const_data_ptr(),
                 static_cast<const bool*>(data(reset))};
-}
-
-// Runs sequence(b) for every batch element on its own thread or, where there are fewer of them than
-// threads and the memory is large, split(b) one after the other with blocks shared between threads.
-template <class Sequence>
-void for_each_element(const Shape& s, const Sequence& sequence) {
-  const bool split = s.batch < max_threads() && s.blocks > 1 && s.slots * s.width >= kSplitNumbers;
-  if (split) {
-    for (int64_t b = 0; b < s.batch; ++b)
-      sequence(b, [&](const auto& blocks) { parallel(s.blocks, blocks); });
-  } else {
-    parallel(s.batch, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        sequence(b, [&](const auto& blocks) { blocks(0, s.blocks); });
-    });
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
@@ -157,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
   } else if (s.batch > 0) {
     const Kernels& k = kernels(storage_of(memory));
     const int64_t bytes = k.forward_scratch_bytes(p);
-    for_each_element(s, [&](int64_t b, const auto& each_block) {
+    for_each_element(s.batch, s.blocks, s.slots * s.width, [&](int64_t b, const auto& each_block) {
       const Scratch scratch = allocate(bytes);
       void* room = scratch.get();
       k.forward_begin(p, room, b);
@@ -242,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
   } else if (s.batch > 0) {
     const Kernels& k = kernels(storage_of(memory));
     const int64_t bytes = k.backward_scratch_bytes(p);
-    for_each_element(s, [&](int64_t b, const auto& each_block) {
+    for_each_element(s.batch, s.blocks, s.slots * s.width, [&](int64_t b, const auto& each_block) {
       const Scratch scratch = allocate(bytes);
       void* room = scratch.get();
       k.backward_begin(p, room, b);

@@ -1,0 +1,54 @@
+// What the CPU drivers of all operator families share: scratch memory, storage types, threading.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu/lrua.h"
+#include "cpu/threads.h"
+#include "ops.h"
+
+namespace mann_ext::lrua {
+
+// Below this many numbers a batch element is not worth splitting between threads.
+constexpr int64_t kSplitNumbers = int64_t{1} << 18;
+
+inline Storage storage_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Storage::float32;
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    case ScalarType::Half: return Storage::float16;
+    default: throw std::invalid_argument("memory must be float32, float64, bfloat16 or float16");
+  }
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<void, Free>;
+
+inline Scratch allocate(int64_t bytes) {
+  void* p = std::aligned_alloc(64, static_cast<size_t>(bytes / 64 + 1) * 64);
+  if (p == nullptr) throw std::bad_alloc();
+  return Scratch(p);
+}
+
+// Runs sequence(b, each_block) for every batch element: whole elements on each thread or, where
+// there are fewer of them than threads and they are large, one after the other with each_block
+// sharing its blocks between the threads.
+template <class Sequence>
+void for_each_element(int64_t batch, int64_t blocks, int64_t numbers, const Sequence& sequence) {
+  if (batch < max_threads() && blocks > 1 && numbers >= kSplitNumbers) {
+    const FlushDenormals flush;
+    for (int64_t b = 0; b < batch; ++b)
+      sequence(b, [&](const auto& body) { parallel(blocks, body); });
+  } else {
+    parallel(batch, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) sequence(b, [&](const auto& body) { body(0, blocks); });
+    });
+  }
+}
+
+}  // namespace mann_ext::lrua
