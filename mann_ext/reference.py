@@ -1,0 +1,285 @@
+"""Every operator in plain PyTorch: the definition of what is right.
+
+The LRUA memory is that of Santoro et al., *One-shot learning with memory-augmented neural networks*
+(2016). Symbols: M memory (B, N, W); w_r, w_w read and write weights (B, R, N); u usage (B, N);
+k keys, a contents (B, R, W); g gates, beta strengths (B, R). B batch, N slots, W slot width,
+R heads, T steps.
+
+Memory keeps its own dtype: it is rounded to it after every write, and what is read is the rounded
+memory. Everything else is in the accumulation dtype: float64 for float64 memory, else float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LRUATrace",
+    "accumulation_dtype",
+    "content_read",
+    "cosine_similarity",
+    "fresh_state",
+    "least_used_slots",
+    "lrua_scan",
+    "lrua_step",
+    "lrua_trace",
+]
+
+
+class LRUATrace(NamedTuple):
+    """What each step of a scan did: read and write weights (T, B, R, N), usage (T, B, N) after the
+    step, slots (T, B, n) erased and written, and the memory (T, B, N, W) after the step."""
+
+    read_weights: Tensor
+    write_weights: Tensor
+    usage: Tensor
+    slots: Tensor
+    memory: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are formed in for memory of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _norm(x: Tensor) -> Tensor:
+    """|x| over the last dimension, with gradient 0 (not NaN) where x = 0, to any order."""
+    squared = (x * x).sum(-1)
+    is_zero = squared == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squared).sqrt())
+
+
+def cosine_similarity(keys: Tensor, memory: Tensor, eps: float) -> Tensor:
+    """K(k, m) = k . m / (|k| |m| + eps) (eq. 2): keys (..., R, W), memory (..., N, W) -> (..., R, N).
+
+    The sums run over the last axis of an elementwise product, not through a matrix product: rows
+    that are equal then give equal cosines wherever they sit, which the tie rule depends on.
+    """
+    dots = (keys.unsqueeze(-2) * memory.unsqueeze(-3)).sum(-1)
+    return dots / (_norm(keys).unsqueeze(-1) * _norm(memory).unsqueeze(-2) + eps)
+
+
+def least_used_slots(usage: Tensor, count: int) -> Tensor:
+    """The ``count`` slots of smallest usage (B, N) -> (B, count); ties to the lowest index, NaN last."""
+    return torch.sort(usage.detach(), dim=-1, stable=True).indices[..., :count]
+
+
+def fresh_state(
+    batch: int,
+    heads: int,
+    slots: int,
+    width: int,
+    initial_value: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state an episode starts from: constant memory, read weights and usage one-hot at slot 0."""
+    memory = torch.full((1, 1, 1), initial_value, dtype=dtype, device=device)
+    one_hot = torch.zeros(slots, dtype=accumulation_dtype(dtype), device=device)
+    one_hot[0] = 1
+    return (
+        memory.expand(batch, slots, width),
+        one_hot.expand(batch, heads, slots).clone(),
+        one_hot.expand(batch, slots).clone(),
+    )
+
+
+def _step(
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    strengths: Tensor | None,
+    contents: Tensor | None,
+    usage_decay: float,
+    least_used: str,
+    eps: float,
+    slots: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads, num_slots = read_weights.shape[-2:]
+    chosen = min(heads, num_slots)
+    contents = keys if contents is None else contents
+
+    # 1. The n least-used slots, from the previous usage.
+    if slots is None:
+        slots = least_used_slots(usage, chosen)
+    one_hot = torch.nn.functional.one_hot(slots, num_slots).to(keys.dtype)  # (B, n, N)
+
+    # 2. Write weights: w_w = g w_r,{t-1} + (1 - g) lu (eqs. 6, 22).
+    if least_used == "shared":
+        least = one_hot.sum(1, keepdim=True).expand_as(read_weights)
+    else:
+        least = one_hot[:, torch.arange(heads, device=slots.device) % chosen]
+    gate = gates.unsqueeze(-1)
+    write_weights = gate * read_weights + (1 - gate) * least
+
+    # 3. Erase those slots, 4. and write: M = erased(M) + sum_r w_w,r a_r^T (eq. 7).
+    erased = one_hot.sum(1).bool().unsqueeze(-1)
+    kept = memory.to(keys.dtype).masked_fill(erased, 0.0)
+    memory = (kept + write_weights.transpose(1, 2) @ contents).to(memory.dtype)
+    stored = memory.to(keys.dtype)
+
+    # 5. Address: w_r = softmax(beta K(k, M)) (eqs. 2, 3).
+    scores = cosine_similarity(keys, stored, eps)
+    if strengths is not None:
+        scores = strengths.unsqueeze(-1) * scores
+    read_weights = scores.softmax(-1)
+
+    # 6. Read: r = w_r M (eq. 4).
+    reads = read_weights @ stored
+
+    # 7. Usage: u = gamma u + sum_r (w_r + w_w) (eq. 20). No gradient.
+    usage = usage_decay * usage.detach() + (read_weights + write_weights).detach().sum(1)
+    return reads, memory, read_weights, usage, slots, write_weights
+
+
+def lrua_step(
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    strengths: Tensor | None = None,
+    contents: Tensor | None = None,
+    *,
+    usage_decay: float = 0.99,
+    least_used: str = "per_head",
+    eps: float = 1e-8,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step; ``(reads, memory, read_weights, usage, slots)``. ``slots`` (B, n) forces the choice."""
+    return _step(
+        memory, read_weights, usage, keys, gates, strengths, contents,
+        usage_decay, least_used, eps, slots,
+    )[:5]  # fmt: skip
+
+
+def _scan(
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    strengths: Tensor | None,
+    contents: Tensor | None,
+    reset: Tensor | None,
+    usage_decay: float,
+    least_used: str,
+    eps: float,
+    initial_value: float,
+    slots: Tensor | None,
+    trace: list[tuple[Tensor, ...]] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, num_slots, width = memory.shape
+    steps, _, heads, _ = keys.shape
+    reads, chosen = [], []
+    if reset is not None:
+        fresh = fresh_state(
+            batch, heads, num_slots, width, initial_value, memory.dtype, memory.device
+        )
+    for t in range(steps):
+        if reset is not None:
+            again = reset[t].view(batch, 1, 1)
+            memory = torch.where(again, fresh[0], memory)
+            read_weights = torch.where(again, fresh[1], read_weights)
+            usage = torch.where(again.squeeze(-1), fresh[2], usage)
+        read, memory, read_weights, usage, used, write_weights = _step(
+            memory, read_weights, usage, keys[t], gates[t],
+            None if strengths is None else strengths[t],
+            None if contents is None else contents[t],
+            usage_decay, least_used, eps, None if slots is None else slots[t],
+        )  # fmt: skip
+        reads.append(read)
+        chosen.append(used)
+        if trace is not None:
+            trace.append((read_weights, write_weights, usage, used, memory))
+    count = min(heads, num_slots)
+    if steps == 0:
+        no_slots = torch.zeros((0, batch, count), dtype=torch.long, device=keys.device)
+        return keys.clone(), memory.clone(), read_weights.clone(), usage.clone(), no_slots
+    return torch.stack(reads), memory, read_weights, usage, torch.stack(chosen)
+
+
+def lrua_scan(
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    strengths: Tensor | None = None,
+    contents: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    usage_decay: float = 0.99,
+    least_used: str = "per_head",
+    eps: float = 1e-8,
+    initial_value: float = 1e-6,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """T steps: exactly a loop of :func:`lrua_step`, with the state replaced where ``reset`` (T, B).
+
+    ``(reads, memory, read_weights, usage, slots)``; ``slots`` (T, B, n) forces the choice of slots.
+    """
+    return _scan(
+        memory, read_weights, usage, keys, gates, strengths, contents, reset,
+        usage_decay, least_used, eps, initial_value, slots, None,
+    )  # fmt: skip
+
+
+def lrua_trace(
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    strengths: Tensor | None = None,
+    contents: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    usage_decay: float = 0.99,
+    least_used: str = "per_head",
+    eps: float = 1e-8,
+    initial_value: float = 1e-6,
+) -> LRUATrace:
+    """The same scan, returning what every step did, for analysis and figures."""
+    trace: list[tuple[Tensor, ...]] = []
+    _scan(
+        memory, read_weights, usage, keys, gates, strengths, contents, reset,
+        usage_decay, least_used, eps, initial_value, None, trace,
+    )  # fmt: skip
+    return LRUATrace(*(torch.stack(part) for part in zip(*trace, strict=True)))
+
+
+def content_read(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor | None = None,
+    strengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    similarity: str = "cosine",
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    """w = softmax(beta s(q, k)), r = w v: queries (..., Q, K), keys (..., N, K), values (..., N, V).
+
+    ``mask`` (..., Q or 1, N), True where a slot may be read; a query with no such slot reads zeros.
+    """
+    values = keys if values is None else values
+    stored = keys.to(queries.dtype)
+    if similarity == "cosine":
+        scores = cosine_similarity(queries, stored, eps)
+    else:
+        scores = queries @ stored.transpose(-1, -2)
+    if strengths is not None:
+        scores = strengths.unsqueeze(-1) * scores
+    if mask is not None:
+        readable = mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~mask & readable, float("-inf"))
+    weights = scores.softmax(-1)
+    if mask is not None:
+        weights = weights.masked_fill(~readable, 0.0)
+    return weights @ values.to(queries.dtype), weights
