@@ -53,7 +53,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def cosine_similarity(keys: Tensor, memory: Tensor, eps: float) -> Tensor:
-    """K(k, m) = k . m / (|k| |m| + eps) (eq. 2): keys (..., R, W), memory (..., N, W) -> (..., R, N).
+    """K(k, m) = k . m / (|k| |m| + eps) (eq. 2): (..., R, W), (..., N, W) -> (..., R, N).
 
     The sums run over the last axis of an elementwise product, not through a matrix product: rows
     that are equal then give equal cosines wherever they sit, which the tie rule depends on.
@@ -63,7 +63,7 @@ def cosine_similarity(keys: Tensor, memory: Tensor, eps: float) -> Tensor:
 
 
 def least_used_slots(usage: Tensor, count: int) -> Tensor:
-    """The ``count`` slots of smallest usage (B, N) -> (B, count); ties to the lowest index, NaN last."""
+    """The ``count`` slots of smallest usage, (B, count); ties to the lowest index, NaN last."""
     return torch.sort(usage.detach(), dim=-1, stable=True).indices[..., :count]
 
 
@@ -76,7 +76,7 @@ def fresh_state(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The state an episode starts from: constant memory, read weights and usage one-hot at slot 0."""
+    """An episode's first state: constant memory, read weights and usage one-hot at slot 0."""
     memory = torch.full((1, 1, 1), initial_value, dtype=dtype, device=device)
     one_hot = torch.zeros(slots, dtype=accumulation_dtype(dtype), device=device)
     one_hot[0] = 1
@@ -151,7 +151,7 @@ def lrua_step(
     eps: float = 1e-8,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step; ``(reads, memory, read_weights, usage, slots)``. ``slots`` (B, n) forces the choice."""
+    """One step: reads, memory, read_weights, usage, slots; ``slots`` (B, n) forces the choice."""
     return _step(
         memory, read_weights, usage, keys, gates, strengths, contents,
         usage_decay, least_used, eps, slots,
@@ -264,9 +264,9 @@ def content_read(
     similarity: str = "cosine",
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor]:
-    """w = softmax(beta s(q, k)), r = w v: queries (..., Q, K), keys (..., N, K), values (..., N, V).
+    """w = softmax(beta s(q, k)), r = w v: (..., Q, K), (..., N, K), (..., N, V) -> (..., Q, V).
 
-    ``mask`` (..., Q or 1, N), True where a slot may be read; a query with no such slot reads zeros.
+    ``mask`` (..., Q or 1, N): True where a slot may be read; a query without any reads zeros.
     """
     values = keys if values is None else values
     stored = keys.to(queries.dtype)

@@ -1,4 +1,4 @@
-"""The operators: documented functions over tensors, differentiable, native where there is a kernel."""
+"""The operators: documented, differentiable functions, native where there is a kernel."""
 
 from mann_ext.ops.content import ContentRead, content_read
 from mann_ext.ops.lrua import HISTORY_BUDGET, LRUAScanOutput, lrua_scan, lrua_step

@@ -1,4 +1,4 @@
-"""What all operators share: argument checks, autocast, and folding a mapped dimension into the batch."""
+"""What all operators share: argument checks, autocast, folding vmap's dimension into the batch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_memory_dtype(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_no_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Forward-mode differentiation would otherwise fail inside PyTorch with a message for its authors."""
+    """Say what to use instead of forward mode, which would fail deep inside PyTorch."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     for tensor in tensors:

@@ -55,7 +55,7 @@ def content_read(
         reads (..., Q, V) and weights (..., Q, N) in the accumulation dtype, both differentiable.
 
     Raises:
-        ValueError, TypeError: a shape, device, dtype or option does not fit; the message says which.
+        ValueError, TypeError: a shape, device, dtype or option does not fit; the message says.
         NotImplementedError: forward-mode differentiation of the native operator.
     """
     op = "content_read"
@@ -225,11 +225,11 @@ class _ReadBackward(torch.autograd.Function):
                     similarity="cosine" if ctx.cosine else "dot", eps=ctx.eps,
                 )  # fmt: skip
 
-            outputs, pullback = torch.func.vjp(read, *(full[i] for i in primals))
+            outputs, pullback = torch.func.vjp(read, *(full[i] for i in primals))[:2]
             cotangents = tuple(full.get(i, torch.zeros_like(out)) for i, out in enumerate(outputs))
             return pullback(cotangents)
 
-        results, pullback = torch.func.vjp(first_order, *(inputs[i] for i in present))
+        results, pullback = torch.func.vjp(first_order, *(inputs[i] for i in present))[:2]
         given = [grads[i - 2] for i in primals]
         cotangents = tuple(
             torch.zeros_like(result) if grad is None else grad

@@ -78,15 +78,16 @@ def lrua_scan(
             writes to all n of them (the paper's eqs. 6-7 to the letter).
         eps: added to the cosine's denominator; greater than 0.
         initial_value: what ``reset`` fills the memory with.
-        history_budget: bytes of M_t to save for the backward pass, default ``HISTORY_BUDGET``. If
-            T of them do not fit, the backward pass undoes the writes instead (see ``snapshot_every``).
-        snapshot_every: overrides the budget: 1 saves every M_t, 0 none (pure rollback), K every K-th.
+        history_budget: bytes of M_t to save for the backward pass, default ``HISTORY_BUDGET``. If T
+            of them do not fit, the backward pass undoes the writes instead (``snapshot_every``).
+        snapshot_every: overrides the budget: 1 saves every M_t, 0 none (pure rollback), K every
+            K-th.
 
     Returns:
         reads (T, B, R, W), and memory, read_weights and usage after the last step.
 
     Raises:
-        ValueError, TypeError: a shape, device, dtype or option does not fit; the message says which.
+        ValueError, TypeError: a shape, device, dtype or option does not fit; the message says.
         NotImplementedError: forward-mode differentiation of the native operator.
     """
     op = "lrua_scan"
@@ -270,7 +271,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        memory, _, keys, _, strengths, contents, _, reads = saved[:8]
+        strengths, contents, _, reads = saved[4:8]
         grad_reads, grad_memory, grad_read_weights = grads[:3]
         if grad_reads is None:
             grad_reads = torch.zeros_like(reads)
@@ -356,14 +357,14 @@ class _ScanBackward(torch.autograd.Function):
                     initial_value=ctx.initial_value, slots=slots,
                 )[:3]  # fmt: skip
 
-            outputs, pullback = torch.func.vjp(scan, *(full[i] for i in primals))
+            outputs, pullback = torch.func.vjp(scan, *(full[i] for i in primals))[:2]
             cotangents = tuple(
                 torch.zeros_like(out) if full[i] is None else full[i]
                 for i, out in enumerate(outputs)
             )
             return pullback(cotangents)
 
-        results, pullback = torch.func.vjp(first_order, *(inputs[i] for i in present))
+        results, pullback = torch.func.vjp(first_order, *(inputs[i] for i in present))[:2]
         # first_order returns gradients of what is present of (memory, read_weights, keys, gates,
         # strengths, contents), in that order.
         given = [grads[i - 3] for i in present if i >= 3]
