@@ -5,6 +5,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/lrua.h"
 #include "cpu/threads.h"
 #include "ops.h"
@@ -29,9 +33,17 @@ struct Free {
 };
 using Scratch = std::unique_ptr<void, Free>;
 
+// Large scratch asks for huge pages: touching it for the first time is otherwise mostly page
+// faults.
 inline Scratch allocate(int64_t bytes) {
-  void* p = std::aligned_alloc(64, static_cast<size_t>(bytes / 64 + 1) * 64);
+  constexpr int64_t kHugePage = int64_t{2} << 20;
+  const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
+  const int64_t size = (bytes / alignment + 1) * alignment;
+  void* p = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size));
   if (p == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  if (alignment == kHugePage) madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
   return Scratch(p);
 }
 

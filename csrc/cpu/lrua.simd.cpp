@@ -142,10 +142,10 @@ struct Scan {
     for_head_groups(s.heads, [&](int64_t r, auto G) {
       if (r == 0)
         tile_write<A, D, Src, G, false>(src, dst, s.width, keep, weights, contents, nullptr,
-                                        nullptr, nullptr);
+                                        nullptr, nullptr, 0);
       else
         tile_write<A, D, D, G, false>(dst, dst, s.width, nullptr, weights + r * kTile,
-                                      contents + r * s.width, nullptr, nullptr, nullptr);
+                                      contents + r * s.width, nullptr, nullptr, nullptr, 0);
     });
   }
 
@@ -328,7 +328,8 @@ struct Scan {
           for (int64_t r = 0; r < s.heads; ++r) u += load<A>(write + r * kTile + lane);
           store<A>(usage + lane, u);
         }
-        write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots, squares);
+        write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots, squares,
+                        s.blocks > 1 ? tile_size : 0);
         for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
           const Vec<A> length = square_root<A>(load<A>(squares + lane));
           for (int64_t r = 0; r < s.heads; ++r)
@@ -377,15 +378,15 @@ struct Scan {
   // The last group of heads is scored while the finished row is in registers.
   static MANN_EXT_INLINE void write_and_score(const Shape& s, const S* src, S* dst, const Int* keep,
                                               const A* weights, const A* contents, const A* keys,
-                                              A* dots, A* squares) {
+                                              A* dots, A* squares, int64_t ahead) {
     for_head_groups(s.heads, [&](int64_t r, auto G) {
       if (r + G == s.heads)
         tile_write<A, S, S, G, true>(src, dst, s.width, keep, weights + r * kTile,
                                      contents + r * s.width, keys + r * s.width, dots + r * kTile,
-                                     squares);
+                                     squares, ahead);
       else
         tile_write<A, S, S, G, false>(src, dst, s.width, keep, weights + r * kTile,
-                                      contents + r * s.width, nullptr, nullptr, nullptr);
+                                      contents + r * s.width, nullptr, nullptr, nullptr, 0);
       src = dst;
       keep = nullptr;
     });

@@ -32,12 +32,14 @@ MANN_EXT_INLINE Vec<A> keep_lanes(const typename Lanes<A>::Int* keep, Vec<A> v) 
 
 // dst = keep * src + sum_g weights_g contents_g^T over one tile; with Score also
 // dots_g = dst . keys_g and squares = |dst|^2. `keep` (all ones or zero a slot) may be null.
-// G heads: 2 G + 1 multiply-adds an element, one load and one store of the element.
+// G heads: 2 G + 1 multiply-adds an element, one load and one store of the element. Where the
+// memory streams from RAM the next tile, `ahead` elements on, is asked for early (0: it is in
+// cache).
 template <class A, class D, class S, int G, bool Score>
 inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t width,
                                                  const typename Lanes<A>::Int* keep,
                                                  const A* weights, const A* contents, const A* keys,
-                                                 A* dots, A* squares) {
+                                                 A* dots, A* squares, int64_t ahead) {
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
@@ -46,6 +48,8 @@ inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t w
       for (int v = 0; v < V; ++v) w[g][v] = load<A>(weights + g * kTile + lane + v * L);
     for (int64_t j = 0; j < width; ++j) {
       Vec<A> m[V];
+      if (ahead != 0)
+        for (int v = 0; v < V; ++v) __builtin_prefetch(src + ahead + j * kTile + lane + v * L, 1);
       for (int v = 0; v < V; ++v) {
         m[v] = load<A>(src + j * kTile + lane + v * L);
         if (keep != nullptr) m[v] = keep_lanes<A>(keep + lane + v * L, m[v]);
@@ -195,6 +199,12 @@ template <class D, class S>
 inline void tile_from_rows(D* tile, const S* rows, int64_t slot_stride, int64_t width_stride,
                            int64_t count, int64_t width) {
   using A = std::conditional_t<std::is_same_v<D, double>, double, float>;
+  if (slot_stride == 0 && width_stride == 0 && count == kTile) {
+    D value;
+    store_scalar<A>(&value, load_scalar<A>(rows));
+    for (int64_t i = 0; i < width * kTile; ++i) tile[i] = value;
+    return;
+  }
   // Eight columns at a time: a cache line of each row is used while it is in L1.
   for (int64_t j0 = 0; j0 < width; j0 += 8) {
     const int64_t j1 = j0 + 8 < width ? j0 + 8 : width;
