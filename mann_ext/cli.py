@@ -1,0 +1,159 @@
+"""The command line: ``mann-ext train``, ``mann-ext eval`` and ``mann-ext info``.
+
+Nothing heavy is imported before it is needed, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mann_ext.experiments import PRESETS, SantoroConfig, preset
+from mann_ext.experiments.santoro import EvalOptions
+
+USAGE = """\
+usage: mann-ext COMMAND ...
+
+  train PRESET [--FIELD VALUE ...] [--resume]   train and evaluate a model
+  eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out classes
+  info                                          print versions and how the operators were built
+
+mann-ext COMMAND --help says more.
+
+exit codes: 0 done; 1 unexpected error; 2 bad input or a failed read or write, nothing is lost;
+130 Ctrl-C (the run is saved); 143 terminated (the run is saved)
+"""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    config: SantoroConfig
+    resume: bool = False
+    """Go on from the newest checkpoint of --run-dir, or of the preset's newest run."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "info": _info,
+    }
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    try:
+        if words[0] not in commands:
+            raise UsageError(f"unknown command {words[0]!r}; expected {', '.join(commands)}")
+        return commands[words[0]](words[1:])
+    except KeyboardInterrupt:
+        print("mann-ext: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _expected(error):
+            raise
+        print(f"mann-ext: {error}", file=sys.stderr)
+        return 2
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the message alone tells the user what to do, so that a traceback would only hide it.
+
+    The classes are found by name: importing their modules here would import torch.
+    """
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(
+        names & {"UsageError", "ConfigError", "CheckpointError", "TrainingError", "DataError"}
+    )
+
+
+def _train(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: mann-ext train PRESET [--FIELD VALUE ...] [--resume]\n\npresets:")
+        for name, (_, description) in PRESETS.items():
+            print(f"  {name:<35}{description}")
+        print("\nmann-ext train PRESET --help lists the fields and the preset's values.")
+        return 0 if words else 2
+    name, *words = words
+    config, resume = _parse_train(words, name, preset(name))
+
+    from mann_ext.training import load_config, run_folder, train
+
+    if resume:
+        # The run's own configuration is where the command line's changes start from.
+        run_dir = run_folder(config.run, name, resume)
+        if (run_dir / "config.json").is_file():
+            saved, trained = load_config(run_dir)
+            if trained != name:
+                raise UsageError(f"{run_dir} is a run of preset {trained}, not of {name}")
+            saved = dataclasses.replace(saved, run=dataclasses.replace(saved.run, run_dir=run_dir))
+            config, _ = _parse_train(words, name, saved)
+    outcome = train(config, name, resume=resume)
+    if outcome.signal is None:
+        return 0
+    print(
+        f"stopped and saved at minibatch {outcome.step:,}; go on with\n"
+        f"  mann-ext train {name} --run-dir {outcome.run_dir} --resume"
+    )
+    return 128 + outcome.signal
+
+
+def _parse_train(words: list[str], name: str, default: SantoroConfig) -> tuple[SantoroConfig, bool]:
+    tyro = _tyro()
+    parsed = tyro.cli(
+        TrainArguments,
+        args=words,
+        prog=f"mann-ext train {name}",
+        description=f"{PRESETS[name][1]}. Every field can be changed.",
+        default=TrainArguments(default),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return parsed.config, parsed.resume
+
+
+def _eval(words: list[str]) -> int:
+    tyro = _tyro()
+    if words and words[0] not in ("-h", "--help"):
+        path, words = Path(words[0]), words[1:]
+    elif words:
+        print("usage: mann-ext eval RUN [--FIELD VALUE ...]\n\nRUN: a run's folder or a checkpoint")
+    else:
+        raise UsageError("eval: expected the folder of a run or of a checkpoint")
+    options = tyro.cli(
+        EvalOptions, args=words, prog="mann-ext eval RUN", description=EvalOptions.__doc__
+    )
+    from mann_ext.training import evaluate_run
+
+    evaluate_run(path, options)
+    return 0
+
+
+def _info(words: list[str]) -> int:
+    if words:
+        print("usage: mann-ext info\n\nPrint what a bug report needs.")
+        return 0 if words[0] in ("-h", "--help") else 2
+    from mann_ext.info import format_info
+
+    print(format_info())
+    return 0
+
+
+def _tyro() -> Any:
+    try:
+        import tyro
+    except ImportError:
+        raise UsageError("the command line needs tyro: pip install 'mann_ext[train]'") from None
+    return tyro
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The result of a run: held-out accuracy with confidence intervals, beside the paper's."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mann_ext import __version__
+from mann_ext.checkpoint import replace_file
+from mann_ext.experiments.config import to_json
+from mann_ext.experiments.few_shot import Accuracy, by_instance
+from mann_ext.experiments.santoro import (
+    INSTANCES,
+    PAPER_INSTANCES,
+    SantoroConfig,
+    paper_name,
+    paper_rows,
+)
+from mann_ext.reporting import ordinal
+
+
+def results(
+    accuracy: Accuracy,
+    config: SantoroConfig,
+    *,
+    preset: str,
+    data: str,
+    step: int,
+    training_seconds: float,
+    evaluation_seconds: float,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Everything that says what was measured, of what, and how, ready for JSON."""
+    return {
+        "accuracy": by_instance(accuracy.means()),
+        "half_width_95": by_instance(accuracy.half_widths()),
+        "episodes": accuracy.episodes,
+        "paper": {
+            name: dict(
+                zip(map(str, PAPER_INSTANCES), (value / 100 for value in values), strict=True)
+            )
+            for name, values in paper_rows(config).items()
+        },
+        "paper_name": paper_name(config.model),
+        "data": data,
+        "minibatches": step,
+        "training_episodes": step * config.episodes.batch_size * processes,
+        "training_seconds": round(training_seconds, 1),
+        "evaluation_seconds": round(evaluation_seconds, 1),
+        "preset": preset,
+        "config": to_json(config),
+        "seed": config.run.seed,
+        "processes": processes,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "version": __version__,
+        "torch": torch.__version__,
+        "machine": machine(torch.device(config.run.device)),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_results(path: Path, values: Mapping[str, Any]) -> None:
+    """Write results as JSON, whole or not at all."""
+    replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def machine(device: torch.device) -> str:
+    """The class of machine, such as ``2 cores, AVX-512``."""
+    cores = f"{usable_cpus()} cores, {_instruction_set()}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}; {cores}"
+    return cores
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _instruction_set() -> str:
+    try:
+        from mann_ext import _C
+
+        return str(_C.cpu_instruction_set())
+    except (ImportError, AttributeError, ValueError):
+        return "instruction set unknown"
+
+
+def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
+    """Print the accuracies by instance beside the paper's."""
+    columns = [str(number) for number in range(1, INSTANCES + 1)]
+    measured = [
+        f"{100 * values['accuracy'][name]:.1f}" if name in values["accuracy"] else ""
+        for name in columns
+    ]
+    widths = [
+        f"±{100 * values['half_width_95'][name]:.1f}" if name in values["half_width_95"] else ""
+        for name in columns
+    ]
+    own = paper_name(config.model)
+    rows = [("this run", measured), ("  95 % interval", widths)]
+    paper = {name: row for name, row in values["paper"].items() if name == own}
+    paper |= {name: row for name, row in values["paper"].items() if name != own}
+    rows += [
+        (
+            f"paper, {name}",
+            [f"{100 * row[column]:.1f}" if column in row else "" for column in columns],
+        )
+        for name, row in paper.items()
+    ]
+    title = (
+        f"Accuracy (%) by instance on {values['episodes']:,} episodes of held-out classes\n"
+        f"{own}, {config.episodes.ways} classes, {config.episodes.labels} labels, "
+        f"{values['data']}, {values['minibatches']:,} minibatches"
+    )
+    headings = ["", *(ordinal(int(name)) for name in columns)]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title)
+        for name, cells in [(headings[0], headings[1:]), *rows]:
+            print(f"{name:<32}" + "".join(f"{cell:>7}" for cell in cells))
+        return
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    console = Console()
+    # A file or a pipe has no width to fit; a terminal keeps its own.
+    (console if console.is_terminal else Console(width=130)).print(table)

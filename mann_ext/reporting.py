@@ -1,0 +1,171 @@
+"""What a run says while it trains: a progress bar or plain lines, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+SHOWN_INSTANCES = (1, 2, 5, 10)
+PLAIN_LINE_SECONDS = 5.0
+"""Least time between two plain lines, so that a quick run does not flood a log file."""
+
+METRICS = "metrics.jsonl"
+
+
+class Reporter:
+    """Reports a run to people and to files.
+
+    Args:
+        run_dir: folder for metrics.jsonl and ``tensorboard``.
+        tensorboard: write TensorBoard logs, if it is installed.
+        step: minibatches done before, by the run that is resumed.
+        metrics_size: bytes of metrics.jsonl that belong to them; what follows is cut off.
+    """
+
+    def __init__(
+        self, run_dir: Path, tensorboard: bool, step: int = 0, metrics_size: int = 0
+    ) -> None:
+        self._file = os.open(run_dir / METRICS, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.ftruncate(self._file, metrics_size)
+        os.lseek(self._file, 0, os.SEEK_END)
+        self._tensorboard = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
+        self._bar = _Bar() if sys.stdout.isatty() and _has_rich() else None
+        self._last_line = -PLAIN_LINE_SECONDS
+
+    def __enter__(self) -> Reporter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._tensorboard:
+            self._tensorboard.close()
+        os.close(self._file)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self._bar:
+            self._bar.say(text)
+        else:
+            print(text, flush=True)
+
+    def training(self, record: Mapping[str, Any], fraction: float, seconds_left: float) -> None:
+        """Report the metrics of the last minibatches."""
+        self._write({"kind": "train", **record})
+        line = (
+            f"minibatch {record['step']:,}  loss {record['loss']:.3f}  "
+            f"{accuracies(record['accuracy'])}  {record['episodes_per_second']:,.0f} episodes/s  "
+            f"{clock(seconds_left)} left"
+        )
+        if self._bar:
+            self._bar.update(fraction, line)
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            print(f"{100 * fraction:3.0f} %  {line}", flush=True)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Report the accuracy on held-out classes."""
+        self._write({"kind": "eval", **record})
+        self.say(
+            f"minibatch {record['step']:,}  held-out classes  {accuracies(record['accuracy'])}"
+        )
+
+    def flushed_size(self) -> int:
+        """Bytes in metrics.jsonl, all of them on the disk."""
+        os.fsync(self._file)
+        return os.lseek(self._file, 0, os.SEEK_CUR)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        while line:
+            line = line[os.write(self._file, line) :]
+        if self._tensorboard:
+            kind = record["kind"]
+            for name, value in _scalars(record):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])
+
+
+class _Bar:
+    """A rich progress bar with the latest metrics."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        self._progress = Progress(
+            TaskProgressColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            refresh_per_second=2,
+        )
+        self._task = self._progress.add_task("starting", total=1.0)
+        self.start, self.stop = self._progress.start, self._progress.stop
+
+    def update(self, fraction: float, line: str) -> None:
+        self._progress.update(self._task, completed=fraction, description=line)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+
+def accuracies(by_instance: Mapping[str, float]) -> str:
+    """The accuracies to watch, such as ``1st 35.1  2nd 82.9  5th 95.0  10th 97.3 %``."""
+    parts = [
+        f"{ordinal(number)} {100 * by_instance[str(number)]:.1f}"
+        for number in SHOWN_INSTANCES
+        if str(number) in by_instance
+    ]
+    return "  ".join(parts) + " %"
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th ..."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number if number < 20 else number % 10, "th")
+    return f"{number}{ending}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds, with hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = (run_dir / METRICS).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    scalars = [(k, v) for k, v in record.items() if isinstance(v, (int, float)) and k != "step"]
+    return scalars + [(f"accuracy/{k}", v) for k, v in record.get("accuracy", {}).items()]
+
+
+def _has_rich() -> bool:
+    try:
+        import rich.progress  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    # What a killed run logged after its checkpoint is hidden.
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
