@@ -52,19 +52,19 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
     if target.is_dir():
         return target
     temporary = folder / f".tmp-{target.name}-{os.getpid()}"
+    tensors: dict[str, Tensor] = {}
+    plain = _encode(state, "", tensors)
+    packed = safetensors.torch.save(tensors)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "tensors_sha256": hashlib.sha256(packed).hexdigest(),
+        "state_sha256": _digest(plain),
+        "state": plain,
+    }
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        plain = _encode(state, "", tensors)
-        packed = safetensors.torch.save(tensors)
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "tensors_sha256": hashlib.sha256(packed).hexdigest(),
-            "state_sha256": _digest(plain),
-            "state": plain,
-        }
         write_file(temporary / TENSORS, packed)
         write_file(temporary / STATE, json.dumps(header, indent=1).encode())
         _sync_folder(temporary)
