@@ -1,3 +1,9 @@
 """Memory-augmented neural networks for PyTorch."""
 
 __version__ = "0.1.0"
+
+from mann_ext import memory, models, ops
+from mann_ext._library import backend
+from mann_ext.memory import LRUAMemory, LRUAState
+
+__all__ = ["LRUAMemory", "LRUAState", "__version__", "backend", "memory", "models", "ops"]

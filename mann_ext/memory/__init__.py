@@ -1,0 +1,5 @@
+"""Memories as modules: they own parameters, map inputs to operator arguments, and return reads."""
+
+from mann_ext.memory.lrua import LRUAMemory, LRUAState
+
+__all__ = ["LRUAMemory", "LRUAState"]

@@ -1,0 +1,327 @@
+"""The LRUA memory as a module, used as one would use ``nn.LSTM``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from mann_ext import ops, reference
+from mann_ext.ops.lrua import LeastUsed
+
+__all__ = ["LRUAMemory", "LRUAState", "LearnStrength"]
+
+LearnStrength = Literal["no", "per_head", "per_step"]
+
+
+class LRUAState(NamedTuple):
+    """State between calls: memory (B, N, W), read_weights (B, R, N), usage (B, N)."""
+
+    memory: Tensor
+    read_weights: Tensor
+    usage: Tensor
+
+    def detach(self) -> LRUAState:
+        """The same values, cut off from the graph: for truncated backpropagation."""
+        return LRUAState(*(part.detach() for part in self))
+
+
+torch.serialization.add_safe_globals([LRUAState])
+
+
+class LRUAMemory(nn.Module):
+    """An external memory read by content and written to its least recently used slots.
+
+    Each step maps the input x_t by one linear layer to keys, gates and, where asked for, contents
+    and strengths, and then (Santoro et al. 2016, eqs. 2-8 and 17-23)::
+
+        w_w = g w_r,{t-1} + (1 - g) lu       M_t = erase(M_{t-1}) + sum_r w_w,r a_r^T
+        w_r = softmax(beta cos(k_r, M_t))    r_r = w_r M_t
+        u_t = usage_decay u_{t-1} + sum_r (w_r + w_w,r)
+
+    No parameter has a slot axis, so a trained module runs with any ``num_slots``, which may be
+    assigned at any time.
+
+    Args:
+        input_size: I, numbers in x_t.
+        num_slots: N.
+        slot_size: W.
+        num_reads: R, read heads.
+        usage_decay: gamma, in [0, 1].
+        least_used: "shared" (every head writes to all n = min(R, N) least-used slots, the paper's
+            eqs. 6-7) or "per_head" (head r to the r-th of them). Shared is the default: it learned
+            five-way Omniglot faster and to a higher accuracy in side-by-side runs.
+        read_strength: beta, or its first value where it is learnt. The paper has 1, with which
+            the softmax over cosines is nearly flat; around 10 it learns.
+        learn_strength: "no", "per_head" (R parameters) or "per_step" (from x_t); positive always.
+        write_content: learn what is written apart from the keys (the paper writes the keys).
+        key_activation: "none" (the paper) or "tanh", on keys and contents.
+        gate_bias: first bias of the gate's logit.
+        initial_value: what a new memory is filled with.
+        batch_first: x and reads are (B, T, .) instead of (T, B, .).
+        memory_dtype: storage type of the memory; None: that of the parameters.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> memory = LRUAMemory(input_size=16, num_slots=32, slot_size=8, num_reads=2)
+        >>> reads, state = memory(torch.randn(5, 3, 16))
+        >>> reads.shape, state.memory.shape
+        (torch.Size([5, 3, 16]), torch.Size([3, 32, 8]))
+        >>> reads, state = memory(torch.randn(5, 3, 16), state.detach())
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_slots: int = 128,
+        slot_size: int = 40,
+        num_reads: int = 4,
+        *,
+        usage_decay: float = 0.99,
+        least_used: LeastUsed = "shared",
+        read_strength: float = 1.0,
+        learn_strength: LearnStrength = "no",
+        write_content: bool = False,
+        key_activation: Literal["none", "tanh"] = "none",
+        gate_bias: float = 0.0,
+        initial_value: float = 1e-6,
+        batch_first: bool = False,
+        memory_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = dict(
+            input_size=input_size, num_slots=num_slots, slot_size=slot_size, num_reads=num_reads
+        )
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"LRUAMemory: expected {name} of at least 1, got {size}")
+        choices: dict[str, tuple[str, tuple[str, ...]]] = {
+            "least_used": (least_used, ("per_head", "shared")),
+            "learn_strength": (learn_strength, ("no", "per_head", "per_step")),
+            "key_activation": (key_activation, ("none", "tanh")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(
+                    f"LRUAMemory: expected {name} to be one of {', '.join(allowed)}, got {value!r}"
+                )
+        if not 0 <= usage_decay <= 1:
+            raise ValueError(f"LRUAMemory: expected usage_decay in [0, 1], got {usage_decay}")
+        if not read_strength > 0:
+            raise ValueError(f"LRUAMemory: expected read_strength > 0, got {read_strength}")
+        self.input_size = input_size
+        self.num_slots = num_slots
+        self.slot_size = slot_size
+        self.num_reads = num_reads
+        self.usage_decay = usage_decay
+        self.least_used = least_used
+        self.read_strength = read_strength
+        self.learn_strength = learn_strength
+        self.write_content = write_content
+        self.key_activation = key_activation
+        self.gate_bias = gate_bias
+        self.initial_value = initial_value
+        self.batch_first = batch_first
+        self.memory_dtype = memory_dtype
+        vectors = num_reads * slot_size * (2 if write_content else 1)
+        scalars = num_reads * (2 if learn_strength == "per_step" else 1)
+        self.interface = nn.Linear(input_size, vectors + scalars, device=device, dtype=dtype)
+        if learn_strength == "per_head":
+            self.raw_strength = nn.Parameter(torch.empty(num_reads, device=device, dtype=dtype))
+        else:
+            self.register_parameter("raw_strength", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear layer as ``nn.Linear``; gate biases at ``gate_bias``, strengths at their start."""
+        self.interface.reset_parameters()
+        # softplus(raw) = read_strength
+        raw = self.read_strength + math.log(-math.expm1(-self.read_strength))
+        with torch.no_grad():
+            gates = self._vector_numbers()
+            self.interface.bias[gates : gates + self.num_reads].fill_(self.gate_bias)
+            if self.learn_strength == "per_step":
+                self.interface.bias[gates + self.num_reads :].fill_(raw)
+            if self.raw_strength is not None:
+                self.raw_strength.fill_(raw)
+
+    @property
+    def output_size(self) -> int:
+        """R * W, numbers in the reads of one step."""
+        return self.num_reads * self.slot_size
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.input_size}, num_slots={self.num_slots}, slot_size={self.slot_size}, "
+            f"num_reads={self.num_reads}, least_used={self.least_used!r}, "
+            f"read_strength={self.read_strength:g}, learn_strength={self.learn_strength!r}"
+        )
+        if self.write_content:
+            text += ", write_content=True"
+        if self.key_activation != "none":
+            text += f", key_activation={self.key_activation!r}"
+        return text + (", batch_first=True" if self.batch_first else "")
+
+    def initial_state(self, batch_size: int) -> LRUAState:
+        """The state an episode starts from; its memory is an expanded constant and costs nothing."""
+        weight = self.interface.weight
+        return LRUAState(
+            *reference.fresh_state(
+                batch_size, self.num_reads, self.num_slots, self.slot_size, self.initial_value,
+                self.memory_dtype or weight.dtype, weight.device,
+            )
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        state: LRUAState | None = None,
+        *,
+        reset_mask: Tensor | None = None,
+    ) -> tuple[Any, LRUAState]:
+        """Run a sequence.
+
+        Args:
+            x: (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence.
+            state: where to go on from, unbatched for unbatched x; None: ``initial_state``.
+            reset_mask: bool of x's leading shape: True starts a new episode at that step.
+
+        Returns:
+            reads (T, B, R * W) laid out as x (packed for packed x), and the state after the last
+            step; for packed x, each sequence's state after its own last step.
+
+        Raises:
+            ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
+        """
+        if isinstance(x, PackedSequence):
+            return self._forward_packed(x, state, reset_mask)
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
+            layout = "(B, T, I)" if self.batch_first else "(T, B, I)"
+            raise ValueError(
+                f"LRUAMemory: expected x of shape {layout} or (T, I) with I={self.input_size}, "
+                f"got {tuple(x.shape)}"
+            )
+        batched = x.dim() == 3
+        if not batched:
+            x = x.unsqueeze(1)
+            state = None if state is None else LRUAState(*(part.unsqueeze(0) for part in state))
+            reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
+        elif self.batch_first:
+            x = x.transpose(0, 1)
+            reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
+        reads, state = self._scan(x, state, reset_mask)
+        if not batched:
+            return reads.squeeze(1), LRUAState(*(part.squeeze(0) for part in state))
+        return (reads.transpose(0, 1) if self.batch_first else reads), state
+
+    def step(self, x: Tensor, state: LRUAState | None = None) -> tuple[Tensor, LRUAState]:
+        """One step: x (B, I) -> reads (B, R * W) and the new state."""
+        if x.dim() != 2 or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"LRUAMemory.step: expected x of shape (B, {self.input_size}), got {tuple(x.shape)}"
+            )
+        reads, state = self._scan(x.unsqueeze(0), state, None)
+        return reads.squeeze(0), state
+
+    def _vector_numbers(self) -> int:
+        return self.num_reads * self.slot_size * (2 if self.write_content else 1)
+
+    def _scan(
+        self, x: Tensor, state: LRUAState | None, reset_mask: Tensor | None
+    ) -> tuple[Tensor, LRUAState]:
+        steps, batch, _ = x.shape
+        if state is None:
+            state = self.initial_state(batch)
+        self._check_state(state, batch)
+        heads, width = self.num_reads, self.slot_size
+        interface = self.interface(x)
+        vectors, scalars = interface.split(
+            [self._vector_numbers(), interface.shape[-1] - self._vector_numbers()], -1
+        )
+        if self.key_activation == "tanh":
+            vectors = vectors.tanh()
+        contents = None
+        if self.write_content:
+            keys, contents = vectors.reshape(steps, batch, 2, heads, width).unbind(2)
+        else:
+            keys = vectors.reshape(steps, batch, heads, width)
+        output = ops.lrua_scan(
+            *state, keys, scalars[..., :heads].sigmoid(), self._strengths(scalars), contents,
+            reset_mask, usage_decay=self.usage_decay, least_used=self.least_used,
+            initial_value=self.initial_value,
+        )  # fmt: skip
+        return output.reads.flatten(2).to(x.dtype), LRUAState(*output[1:])
+
+    def _strengths(self, scalars: Tensor) -> Tensor | None:
+        heads = self.num_reads
+        if self.learn_strength == "per_step":
+            return nn.functional.softplus(scalars[..., heads:])
+        if self.raw_strength is not None:
+            return nn.functional.softplus(self.raw_strength).expand(*scalars.shape[:-1], heads)
+        if self.read_strength == 1:
+            return None
+        return scalars.new_full((1,), self.read_strength).expand(*scalars.shape[:-1], heads)
+
+    def _check_state(self, state: LRUAState, batch: int) -> None:
+        shapes = {
+            "memory": (batch, self.num_slots, self.slot_size),
+            "read_weights": (batch, self.num_reads, self.num_slots),
+            "usage": (batch, self.num_slots),
+        }
+        for (name, shape), part in zip(shapes.items(), state, strict=True):
+            if tuple(part.shape) == shape:
+                continue
+            if part.dim() == len(shape) and tuple(part.shape[1:]) == shape[1:]:
+                hint = f"batch size changed? use initial_state({batch})"
+            else:
+                hint = "another number of slots, heads or columns? use the module it came from"
+            raise ValueError(
+                f"LRUAMemory: expected state.{name} of shape {shape}, got {tuple(part.shape)}; "
+                f"{hint}"
+            )
+
+    def _forward_packed(
+        self, x: PackedSequence, state: LRUAState | None, reset_mask: Tensor | None
+    ) -> tuple[PackedSequence, LRUAState]:
+        if reset_mask is not None:
+            raise ValueError(
+                "LRUAMemory: reset_mask does not go with a PackedSequence; pass padded x instead"
+            )
+        padded, lengths = pad_packed_sequence(x)
+        if state is None:
+            state = self.initial_state(padded.shape[1])
+        # Sequences are cut where one ends, so that each keeps the state of its own last step.
+        order = torch.argsort(lengths, descending=True, stable=True)
+        ends = sorted(set(lengths.tolist()))
+        current = LRUAState(*(part[order] for part in state))
+        padded = padded[:, order]
+        reads: list[Tensor] = []
+        finished: list[LRUAState] = []
+        start = 0
+        for end in ends:
+            alive = int((lengths >= end).sum())
+            if current.memory.shape[0] > alive:
+                finished.append(LRUAState(*(part[alive:] for part in current)))
+                current = LRUAState(*(part[:alive] for part in current))
+            part, current = self._scan(padded[start:end, :alive], current, None)
+            reads.append(nn.functional.pad(part, (0, 0, 0, padded.shape[1] - alive)))
+            start = end
+        finished.append(current)
+        back = torch.argsort(order)
+        final = LRUAState(
+            *(torch.cat(parts)[back] for parts in zip(*reversed(finished), strict=True))
+        )
+        together = torch.cat(reads)[:, back]
+        if x.sorted_indices is not None:
+            together, lengths = together[:, x.sorted_indices], lengths[x.sorted_indices.cpu()]
+        data = pack_padded_sequence(together, lengths).data
+        packed = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
+        return packed, final

@@ -1,0 +1,15 @@
+"""Networks: MANN around the memory, and the baselines it is compared with, all with one interface."""
+
+from mann_ext.models.baselines import LSTM, FeedForward
+from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController
+from mann_ext.models.mann import MANN, MANNState
+
+__all__ = [
+    "LSTM",
+    "MANN",
+    "ControllerState",
+    "FeedForward",
+    "FeedForwardController",
+    "LSTMController",
+    "MANNState",
+]
