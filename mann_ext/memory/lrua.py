@@ -97,9 +97,12 @@ class LRUAMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = dict(
-            input_size=input_size, num_slots=num_slots, slot_size=slot_size, num_reads=num_reads
-        )
+        sizes = {
+            "input_size": input_size,
+            "num_slots": num_slots,
+            "slot_size": slot_size,
+            "num_reads": num_reads,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"LRUAMemory: expected {name} of at least 1, got {size}")
@@ -171,7 +174,7 @@ class LRUAMemory(nn.Module):
         return text + (", batch_first=True" if self.batch_first else "")
 
     def initial_state(self, batch_size: int) -> LRUAState:
-        """The state an episode starts from; its memory is an expanded constant and costs nothing."""
+        """An episode's first state; its memory is an expanded constant and costs nothing."""
         weight = self.interface.weight
         return LRUAState(
             *reference.fresh_state(

@@ -1,4 +1,4 @@
-"""Networks: MANN around the memory, and the baselines it is compared with, all with one interface."""
+"""Networks with one interface: MANN around the memory, and the baselines it is compared with."""
 
 from mann_ext.models.baselines import LSTM, FeedForward
 from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController

@@ -32,8 +32,8 @@ def _transformed() -> bool:
 class LSTMController(nn.Module):
     """An LSTM with the parameters of ``nn.LSTM`` and two ways to run it.
 
-    PyTorch's fused LSTM is the faster, but breaks torch.compile, torch.export, torch.func and double
-    backward; a loop over plain operations allows them all.
+    PyTorch's fused LSTM is the faster, but breaks torch.compile, torch.export, torch.func and
+    double backward; a loop over plain operations allows them all.
 
     Args:
         input_size: I.
@@ -92,16 +92,16 @@ class LSTMController(nn.Module):
             )  # fmt: skip
             return hidden, ControllerState(h.squeeze(0), c.squeeze(0))
         projected = nn.functional.linear(x, self.weight_ih_l0, self.bias_ih_l0)
-        hidden = []
+        outputs = []
         for t in range(x.shape[0]):
             if reset_mask is not None:
                 keep = (~reset_mask[t]).unsqueeze(-1).to(x.dtype)
                 state = ControllerState(state.h * keep, state.c * keep)
             state = self._cell(projected[t], state)
-            hidden.append(state.h)
-        if not hidden:
+            outputs.append(state.h)
+        if not outputs:
             return x.new_zeros(0, x.shape[1], self.hidden_size), state
-        return torch.stack(hidden), state
+        return torch.stack(outputs), state
 
     def step(self, x: Tensor, state: ControllerState) -> tuple[Tensor, ControllerState]:
         """x (B, I) -> h (B, H) and the new state."""

@@ -115,7 +115,7 @@ class MANN(nn.Module):
     def forward(
         self, x: Tensor, state: MANNState | None = None, *, reset_mask: Tensor | None = None
     ) -> tuple[Tensor, MANNState]:
-        """x (T, B, I), reset_mask (T, B) bool -> logits (T, B, O) and the state after the last step.
+        """x (T, B, I), reset_mask (T, B) bool -> logits (T, B, O) and the last state.
 
         Raises:
             ValueError: x, state or reset_mask does not fit; the message says how.
