@@ -99,6 +99,7 @@ class FewShot:
             labels=episodes.labels,
             augment=augment,
             seed=seed,
+            device=self.device,
         )
 
     def loss(self, model: nn.Module, episodes: Episodes) -> tuple[Tensor, Tensor]:
@@ -180,7 +181,17 @@ def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Mo
 
 def load_data(config: EpisodesConfig, device: torch.device) -> tuple[Any, Any, str]:
     """Training images, held-out images and what they are."""
-    raise ConfigError("no data")
+    try:
+        if config.source == "synthetic":
+            characters = data.synthetic_characters()
+        else:
+            characters = data.load_characters(
+                config.data_root, allow_synthetic=config.source == "auto"
+            )
+    except data.DataError as error:
+        raise ConfigError(str(error)) from error
+    training, test = characters.split()
+    return training, test, characters.source
 
 
 def by_instance(values: Sequence[float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ class ModelConfig:
     slot_size: int = 40
     num_reads: int = 4
     usage_decay: float = 0.99
-    least_used: Literal["per_head", "shared"] = "per_head"
+    least_used: Literal["per_head", "shared"] = "shared"
     read_strength: float = 10.0
     """Sharpness of reading (1 is the paper's plain softmax), or where a learned one starts."""
     learn_strength: Literal["no", "per_head", "per_step"] = "per_head"
@@ -114,11 +114,11 @@ DEMO = SantoroConfig(
         kind="mann",
         controller="lstm",
         hidden_size=200,
-        least_used="per_head",
+        least_used="shared",
         learn_strength="per_head",
         read_strength=10.0,
         key_activation="tanh",
-        write_content=False,
+        write_content=True,
         gate_bias=0.0,
     ),
     episodes=EpisodesConfig(ways=5, labels="one_hot", batch_size=16),
