@@ -36,7 +36,7 @@ from mann_ext.experiments.config import (
     from_json,
     to_json,
 )
-from mann_ext.experiments.few_shot import Accuracy, FewShot, by_instance
+from mann_ext.experiments.few_shot import FewShot, by_instance
 from mann_ext.experiments.santoro import INSTANCES, EvalOptions, SantoroConfig
 from mann_ext.reporting import Reporter
 
@@ -44,8 +44,6 @@ CONFIG = "config.json"
 RESULTS = "results.json"
 FIGURE = "accuracy.png"
 CHECKPOINTS = "checkpoints"
-EVALUATION_SEED = 1_000_003
-"""Added to the run's seed for the held-out episodes, the same ones at every evaluation."""
 
 
 class TrainingError(RuntimeError):
@@ -114,18 +112,21 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
         if saved:
             _check_same_run(state, config, processes, saved)
 
-        task = FewShot(config, device)
+        if not processes.first:
+            processes.share(None)  # the first process may have to download the data
+        task = FewShot(config, device, processes.rank)
+        if processes.first:
+            processes.share(None)
         torch.manual_seed(run.seed)
         model = task.model()
         optimiser = build_optimiser(model, config.optimiser)
-        sampler = task.training_episodes(run.seed + processes.rank)
         progress = Progress()
         if saved:
             checkpoint.load_weights(model, state["model"], saved)
             optimiser.load_state_dict(state["optimiser"])
             progress = Progress(**state["progress"])
             mine = state["processes"][processes.rank]
-            sampler.load_state_dict(mine["sampler"])
+            task.training_episodes.load_state_dict(mine["sampler"])
             checkpoint.set_random_state(mine["random"], device)
         else:
             torch.manual_seed(run.seed + processes.rank)
@@ -139,7 +140,7 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
             size = sum(parameter.numel() for parameter in model.parameters())
             begun = f"going on from {saved}" if saved else str(run_dir)
             reporter.say(f"{preset}: {size:,} parameters, {task.data_name}, {device}; {begun}")
-        loop = Loop(task, model, optimiser, sampler, progress, run_dir, processes, reporter, preset)
+        loop = Loop(task, model, optimiser, progress, run_dir, processes, reporter, preset)
         stopped_by = loop.run()
 
     if not processes.first or stopped_by is not None or not run.final_episodes:
@@ -168,7 +169,6 @@ class Loop:
     task: FewShot
     model: nn.Module
     optimiser: torch.optim.Optimizer
-    sampler: Any
     progress: Progress
     run_dir: Path
     processes: Processes
@@ -181,6 +181,7 @@ class Loop:
         schedule = self.task.config.optimiser
         clip_norm = schedule.clip_norm or math.inf
         network = self._network()
+        episodes = self.task.training_episodes
         parameters = list(self.model.parameters())
         totals = progress.totals = progress.totals.to(self.task.device)
         self.model.train()
@@ -197,7 +198,7 @@ class Loop:
                 for group in optimiser.param_groups:
                     group["lr"] = rate
 
-                loss, tally = self.task.loss(network, self.sampler.sample())
+                loss, tally = self.task.loss(network, episodes.sample())
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -277,7 +278,7 @@ class Loop:
         if self.reporter is None:
             return
         config = self.task.config
-        accuracy = held_out_accuracy(self.task, self.model, config.run.eval_episodes)
+        accuracy = self.task.held_out_accuracy(self.model, config.run.eval_episodes)
         per_minibatch = config.episodes.batch_size * self.processes.count
         self.reporter.evaluation(
             {
@@ -293,7 +294,7 @@ class Loop:
         if not torch.isfinite(self.progress.totals).all():
             self._log(0.0, 1, 1.0)
         mine = {
-            "sampler": self.sampler.state_dict(),
+            "sampler": self.task.training_episodes.state_dict(),
             "random": checkpoint.random_state(self.task.device),
         }
         everyone = self.processes.gather(mine)
@@ -346,12 +347,6 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Op
     )
 
 
-def held_out_accuracy(task: FewShot, model: nn.Module, episodes: int) -> Accuracy:
-    """Accuracy on held-out classes, on the same episodes at every call."""
-    seed = task.config.run.seed + EVALUATION_SEED
-    return task.accuracy(model, task.test_episodes(seed), episodes)
-
-
 def load_run(
     path: Path, config: SantoroConfig | None = None
 ) -> tuple[FewShot, nn.Module, str, Progress]:
@@ -397,7 +392,7 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
     task, model, preset, progress = load_run(path, config)
     started = time.perf_counter()
     results = evaluation.results(
-        held_out_accuracy(task, model, options.episodes),
+        task.held_out_accuracy(model, options.episodes),
         config,
         preset=preset,
         data=task.data_name,
@@ -460,7 +455,7 @@ def _finish(
 ) -> Outcome:
     config = task.config
     started = time.perf_counter()
-    accuracy = held_out_accuracy(task, model, config.run.final_episodes)
+    accuracy = task.held_out_accuracy(model, config.run.final_episodes)
     results = evaluation.results(
         accuracy,
         config,

@@ -13,6 +13,7 @@ from torch import nn
 
 from mann_ext import checkpoint
 from mann_ext.checkpoint import CheckpointError
+from tests.tiny_training import assert_same_state
 
 
 def example() -> dict:
@@ -26,29 +27,9 @@ def example() -> dict:
     }
 
 
-def assert_same(left: object, right: object) -> None:
-    assert type(left) is type(right)
-    if isinstance(left, torch.Tensor):
-        assert isinstance(right, torch.Tensor)
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert isinstance(right, dict)
-        assert list(left) == list(right)
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, (list, tuple)):
-        assert isinstance(right, (list, tuple))
-        assert len(left) == len(right)
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    else:
-        assert left == right
-
-
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     state = example()
-    assert_same(checkpoint.load(checkpoint.save(tmp_path, 7, state)), state)
+    assert_same_state(checkpoint.load(checkpoint.save(tmp_path, 7, state)), state)
 
 
 def test_the_newest_are_kept_and_found(tmp_path: Path) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mann_ext import data, models
-from mann_ext.data import Episodes, EpisodeSampler
+from mann_ext.data import Characters, Episodes, EpisodeSampler
 from mann_ext.experiments.config import ConfigError
 from mann_ext.experiments.santoro import INSTANCES, EpisodesConfig, ModelConfig, SantoroConfig
 
 LETTERS = 5
 """A string label has five letters, each one of five."""
+TEST_SEED = 1_000_003
+"""Added to the run's seed for the held-out episodes, so that no process trains with it."""
 
 
 @dataclass(frozen=True)
@@ -55,85 +58,97 @@ class Accuracy:
 
 
 class FewShot:
-    """The data and the computations of one configuration.
+    """The episodes and the computations of one configuration.
 
     Args:
         config: what to train.
         device: where the images are kept and the episodes are made.
+        rank: number of this process; each draws training episodes of its own.
+
+    Attributes:
+        data_name: what the episodes are made from.
 
     Raises:
-        ConfigError: the data is missing, or has fewer classes than an episode needs.
+        ConfigError: an argument of the episodes is out of range.
+        DataError: the data is missing or damaged.
     """
 
-    def __init__(self, config: SantoroConfig, device: torch.device) -> None:
+    def __init__(self, config: SantoroConfig, device: torch.device, rank: int = 0) -> None:
         self.config = config
         self.device = device
         self.dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
-        self.training_set, self.test_set, self.data_name = load_data(config.episodes, device)
+        episodes, seed = config.episodes, config.run.seed
+        characters = load_data(episodes)
+        known, new = characters.split()
+        self.data_name = (
+            f"{characters.source}, {len(known.names):,} classes to train on and "
+            f"{len(new.names):,} held out"
+        )
+        self._make_training = partial(self._sampler, known, episodes.augment, seed + rank)
+        self._test_episodes = self._sampler(new, episodes.augment_test, seed + TEST_SEED)
+        self._test_start = self._test_episodes.state_dict()
+
+    @cached_property
+    def training_episodes(self) -> EpisodeSampler:
+        """Minibatches of training classes, made at first use: an evaluation needs none."""
+        sampler = self._make_training()
+        del self._make_training  # and with it the drawings in full size
+        return sampler
+
+    def _sampler(self, characters: Characters, augment: bool, seed: int) -> EpisodeSampler:
+        episodes = self.config.episodes
+        with _as_config_error():
+            return EpisodeSampler(
+                characters,
+                ways=episodes.ways,
+                length=episodes.length,
+                batch_size=episodes.batch_size,
+                labels=episodes.labels,
+                augment=augment,
+                seed=seed,
+                device=self.device,
+            )
 
     def model(self) -> nn.Module:
-        """A new model, its parameters drawn from torch's random numbers."""
-        labels = self.config.episodes
-        inputs = LETTERS * LETTERS if labels.labels == "string" else labels.ways
-        outputs = inputs
-        model = build_model(self.config.model, data.IMAGE_SIZE**2 + inputs, outputs)
+        """A new model, its parameters drawn from torch's random numbers.
+
+        Raises:
+            ConfigError: an argument of the model is out of range.
+        """
+        episodes = self._test_episodes
+        with _as_config_error():
+            model = build_model(self.config.model, episodes.input_size, episodes.label_size)
         return model.to(self.device, self.dtype)
-
-    def training_episodes(self, seed: int) -> EpisodeSampler:
-        """Minibatches of training classes."""
-        episodes = self.config.episodes
-        return self._sampler(self.training_set, episodes.batch_size, episodes.augment, seed)
-
-    def test_episodes(self, seed: int) -> EpisodeSampler:
-        """Minibatches of held-out classes."""
-        episodes = self.config.episodes
-        return self._sampler(self.test_set, episodes.batch_size, episodes.augment_test, seed)
-
-    def _sampler(self, split: Any, batch_size: int, augment: bool, seed: int) -> EpisodeSampler:
-        episodes = self.config.episodes
-        return EpisodeSampler(
-            split,
-            ways=episodes.ways,
-            length=episodes.length,
-            batch_size=batch_size,
-            labels=episodes.labels,
-            augment=augment,
-            seed=seed,
-            device=self.device,
-        )
 
     def loss(self, model: nn.Module, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy of a minibatch, summed over the letters of a string label, and
         its right predictions and showings by instance, (2, INSTANCES)."""
         logits = self.logits(model, episodes)
         targets = episodes.targets
-        if targets.dim() == 3:
-            logits = logits.unflatten(-1, (LETTERS, LETTERS))
         entropies = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
         tally = count(logits.detach(), episodes).sum(0)
         return entropies / episodes.instances.numel(), tally
 
     def logits(self, model: nn.Module, episodes: Episodes) -> Tensor:
-        """(T, B, outputs), float32 or wider, from memories that start empty."""
+        """Scores of the labels (T, B, N), or of the letters (T, B, 5, 5), from an empty memory;
+        float32 or wider."""
         inputs = episodes.inputs.to(self.dtype)
-        if self.config.run.autocast == "none":
+        autocast = self.config.run.autocast != "none"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             logits: Tensor = model(inputs)[0]
-            return logits
-        with torch.autocast(self.device.type, torch.bfloat16):
-            logits = model(inputs)[0]
-        return logits.float()
+        logits = logits.float() if autocast else logits
+        return logits.unflatten(-1, (LETTERS, -1)) if episodes.targets.dim() == 3 else logits
 
     @torch.inference_mode()
-    def accuracy(self, model: nn.Module, sampler: EpisodeSampler, episodes: int) -> Accuracy:
-        """Accuracy of ``model`` on at least ``episodes`` episodes from ``sampler``."""
+    def held_out_accuracy(self, model: nn.Module, episodes: int) -> Accuracy:
+        """Accuracy on at least ``episodes`` episodes of held-out classes, the same ones at every
+        call."""
         model.eval()
+        self._test_episodes.load_state_dict(self._test_start)
         counts = []
         for _ in range(math.ceil(episodes / self.config.episodes.batch_size)):
-            batch = sampler.sample()
-            logits = self.logits(model, batch)
-            if batch.targets.dim() == 3:
-                logits = logits.unflatten(-1, (LETTERS, LETTERS))
-            counts.append(count(logits, batch))
+            batch = self._test_episodes.sample()
+            counts.append(count(self.logits(model, batch), batch))
         model.train()
         correct, shown = torch.cat(counts).double().cpu().unbind(1)
         return Accuracy(correct, shown)
@@ -179,19 +194,20 @@ def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Mo
     )
 
 
-def load_data(config: EpisodesConfig, device: torch.device) -> tuple[Any, Any, str]:
-    """Training images, held-out images and what they are."""
+def load_data(config: EpisodesConfig) -> Characters:
+    """The characters that episodes are made from."""
+    if config.source == "synthetic":
+        return data.synthetic_characters(config.synthetic_classes)
+    return data.load_characters(config.data_root, allow_synthetic=config.source == "auto")
+
+
+@contextlib.contextmanager
+def _as_config_error() -> Iterator[None]:
+    """Arguments that a constructor refuses came from the configuration."""
     try:
-        if config.source == "synthetic":
-            characters = data.synthetic_characters()
-        else:
-            characters = data.load_characters(
-                config.data_root, allow_synthetic=config.source == "auto"
-            )
-    except data.DataError as error:
-        raise ConfigError(str(error)) from error
-    training, test = characters.split()
-    return training, test, characters.source
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def by_instance(values: Sequence[float]) -> dict[str, float]:

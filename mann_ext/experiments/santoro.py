@@ -54,6 +54,8 @@ class EpisodesConfig:
     """auto: Omniglot where it is found or can be downloaded, else synthetic glyphs."""
     data_root: Path | None = None
     """Folder of the data; by default MANN_EXT_DATA, then the user's cache folder."""
+    synthetic_classes: int = 1623
+    """Classes of synthetic glyphs, where it is those."""
     ways: int = 5
     """Classes an episode."""
     length: int | None = None
@@ -62,12 +64,12 @@ class EpisodesConfig:
     batch_size: int = 16
     """Episodes a minibatch; of each process, where there are several."""
     augment: bool = True
-    """Rotate and shift the training images as the paper does."""
+    """Rotate and shift the training images a little, as the paper does."""
     augment_test: bool = False
-    """The same for the held-out images."""
+    """The same for the held-out images. (Quarter turns make other classes, in both.)"""
 
     def __post_init__(self) -> None:
-        for name in ("ways", "batch_size"):
+        for name in ("ways", "batch_size", "synthetic_classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.length is not None and self.length < 1:
