@@ -19,7 +19,8 @@ from mann_ext.experiments.config import OptimiserConfig, RunConfig
 from mann_ext.experiments.santoro import EpisodesConfig, ModelConfig, SantoroConfig
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mann_ext.training", "mann_ext.cli"])
+# torch.optim imports torch._dynamo at its first use, which takes a second.
+CONTEXT.set_forkserver_preload(["mann_ext.training", "mann_ext.cli", "torch._dynamo"])
 
 TINY = SantoroConfig(
     model=ModelConfig(hidden_size=12, num_slots=8, slot_size=6, num_reads=2),

@@ -12,6 +12,16 @@ using mann_ext::lrua::kTile;
 // Vectors of slots worked on together: as many as keep every accumulator in a register.
 constexpr int kTogether = kRegisters == 32 ? 2 : 1;
 
+// Columns summed in one run of a dot product over the width; longer ones are sums of such runs,
+// which keeps their rounding error that of a blocked sum.
+constexpr int64_t kColumns = 64;
+
+// sums = run for the first run of columns, else sums += run.
+template <class A>
+MANN_EXT_INLINE void store_run(A* sums, Vec<A> run, bool first) {
+  store<A>(sums, first ? run : run + load<A>(sums));
+}
+
 // Calls body(first head, std::integral_constant<int, G>) for groups of 4, 2 and 1 heads.
 template <class F>
 MANN_EXT_INLINE void for_head_groups(int64_t heads, const F& body) {
@@ -43,30 +53,35 @@ inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t w
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
-    Vec<A> w[G][V], dot[G][V] = {}, square[V] = {};
+    Vec<A> w[G][V];
     for (int g = 0; g < G; ++g)
       for (int v = 0; v < V; ++v) w[g][v] = load<A>(weights + g * kTile + lane + v * L);
-    for (int64_t j = 0; j < width; ++j) {
-      Vec<A> m[V];
-      if (ahead != 0)
-        for (int v = 0; v < V; ++v) __builtin_prefetch(src + ahead + j * kTile + lane + v * L, 1);
-      for (int v = 0; v < V; ++v) {
-        m[v] = load<A>(src + j * kTile + lane + v * L);
-        if (keep != nullptr) m[v] = keep_lanes<A>(keep + lane + v * L, m[v]);
-      }
-      for (int g = 0; g < G; ++g)
-        for (int v = 0; v < V; ++v) m[v] += w[g][v] * contents[g * width + j];
-      for (int v = 0; v < V; ++v) m[v] = store_rounded<A>(dst + j * kTile + lane + v * L, m[v]);
-      if constexpr (Score) {
+    for (int64_t j0 = 0; j0 < width; j0 += kColumns) {
+      const int64_t j1 = j0 + kColumns < width ? j0 + kColumns : width;
+      Vec<A> dot[G][V] = {}, square[V] = {};
+      for (int64_t j = j0; j < j1; ++j) {
+        Vec<A> m[V];
+        if (ahead != 0)
+          for (int v = 0; v < V; ++v) __builtin_prefetch(src + ahead + j * kTile + lane + v * L, 1);
+        for (int v = 0; v < V; ++v) {
+          m[v] = load<A>(src + j * kTile + lane + v * L);
+          if (keep != nullptr) m[v] = keep_lanes<A>(keep + lane + v * L, m[v]);
+        }
         for (int g = 0; g < G; ++g)
-          for (int v = 0; v < V; ++v) dot[g][v] += m[v] * keys[g * width + j];
-        for (int v = 0; v < V; ++v) square[v] += m[v] * m[v];
+          for (int v = 0; v < V; ++v) m[v] += w[g][v] * contents[g * width + j];
+        for (int v = 0; v < V; ++v) m[v] = store_rounded<A>(dst + j * kTile + lane + v * L, m[v]);
+        if constexpr (Score) {
+          for (int g = 0; g < G; ++g)
+            for (int v = 0; v < V; ++v) dot[g][v] += m[v] * keys[g * width + j];
+          for (int v = 0; v < V; ++v) square[v] += m[v] * m[v];
+        }
       }
-    }
-    if constexpr (Score) {
-      for (int v = 0; v < V; ++v) {
-        for (int g = 0; g < G; ++g) store<A>(dots + g * kTile + lane + v * L, dot[g][v]);
-        store<A>(squares + lane + v * L, square[v]);
+      if constexpr (Score) {
+        for (int v = 0; v < V; ++v) {
+          for (int g = 0; g < G; ++g)
+            store_run<A>(dots + g * kTile + lane + v * L, dot[g][v], j0 == 0);
+          store_run<A>(squares + lane + v * L, square[v], j0 == 0);
+        }
       }
     }
   }
@@ -78,12 +93,15 @@ inline __attribute__((noinline)) void tile_score(const S* tile, int64_t width, c
                                                  A* dots) {
   constexpr int L = kLanes<A>;
   for (int64_t lane = 0; lane < kTile; lane += L) {
-    Vec<A> dot[G] = {};
-    for (int64_t j = 0; j < width; ++j) {
-      const Vec<A> m = load<A>(tile + j * kTile + lane);
-      for (int g = 0; g < G; ++g) dot[g] += m * rows[g * width + j];
+    for (int64_t j0 = 0; j0 < width; j0 += kColumns) {
+      const int64_t j1 = j0 + kColumns < width ? j0 + kColumns : width;
+      Vec<A> dot[G] = {};
+      for (int64_t j = j0; j < j1; ++j) {
+        const Vec<A> m = load<A>(tile + j * kTile + lane);
+        for (int g = 0; g < G; ++g) dot[g] += m * rows[g * width + j];
+      }
+      for (int g = 0; g < G; ++g) store_run<A>(dots + g * kTile + lane, dot[g], j0 == 0);
     }
-    for (int g = 0; g < G; ++g) store<A>(dots + g * kTile + lane, dot[g]);
   }
 }
 
@@ -96,24 +114,27 @@ inline __attribute__((noinline)) void tile_score_pair(const M* tile, int64_t wid
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
-    Vec<A> key_dot[G][V] = {}, grad_dot[G][V] = {}, square[V] = {};
-    for (int64_t j = 0; j < width; ++j) {
-      Vec<A> m[V];
-      for (int v = 0; v < V; ++v) m[v] = load<A>(tile + j * kTile + lane + v * L);
-      for (int g = 0; g < G; ++g)
-        for (int v = 0; v < V; ++v) {
-          key_dot[g][v] += m[v] * keys[g * width + j];
-          grad_dot[g][v] += m[v] * grads[g * width + j];
-        }
-      if constexpr (First)
-        for (int v = 0; v < V; ++v) square[v] += m[v] * m[v];
-    }
-    for (int v = 0; v < V; ++v) {
-      for (int g = 0; g < G; ++g) {
-        store<A>(key_dots + g * kTile + lane + v * L, key_dot[g][v]);
-        store<A>(grad_dots + g * kTile + lane + v * L, grad_dot[g][v]);
+    for (int64_t j0 = 0; j0 < width; j0 += kColumns) {
+      const int64_t j1 = j0 + kColumns < width ? j0 + kColumns : width;
+      Vec<A> key_dot[G][V] = {}, grad_dot[G][V] = {}, square[V] = {};
+      for (int64_t j = j0; j < j1; ++j) {
+        Vec<A> m[V];
+        for (int v = 0; v < V; ++v) m[v] = load<A>(tile + j * kTile + lane + v * L);
+        for (int g = 0; g < G; ++g)
+          for (int v = 0; v < V; ++v) {
+            key_dot[g][v] += m[v] * keys[g * width + j];
+            grad_dot[g][v] += m[v] * grads[g * width + j];
+          }
+        if constexpr (First)
+          for (int v = 0; v < V; ++v) square[v] += m[v] * m[v];
       }
-      if constexpr (First) store<A>(squares + lane + v * L, square[v]);
+      for (int v = 0; v < V; ++v) {
+        for (int g = 0; g < G; ++g) {
+          store_run<A>(key_dots + g * kTile + lane + v * L, key_dot[g][v], j0 == 0);
+          store_run<A>(grad_dots + g * kTile + lane + v * L, grad_dot[g][v], j0 == 0);
+        }
+        if constexpr (First) store_run<A>(squares + lane + v * L, square[v], j0 == 0);
+      }
     }
   }
 }
@@ -128,7 +149,7 @@ inline __attribute__((noinline)) void tile_gradient(const M* tile, A* grad, int6
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
-    Vec<A> xv[G][V], wv[G][V], dot[G][V] = {}, own[V];
+    Vec<A> xv[G][V], wv[G][V], own[V];
     for (int v = 0; v < V; ++v) {
       for (int g = 0; g < G; ++g) {
         xv[g][v] = load<A>(x + g * kTile + lane + v * L);
@@ -136,26 +157,31 @@ inline __attribute__((noinline)) void tile_gradient(const M* tile, A* grad, int6
       }
       own[v] = load<A>(self + lane + v * L);
     }
-    for (int64_t j = 0; j < width; ++j) {
-      Vec<A> total[V];
-      for (int v = 0; v < V; ++v) {
-        A* p = grad + j * kTile + lane + v * L;
-        total[v] = load<A>(p);
-        if constexpr (First) total[v] += own[v] * load<A>(tile + j * kTile + lane + v * L);
-      }
-      for (int g = 0; g < G; ++g)
+    for (int64_t j0 = 0; j0 < width; j0 += kColumns) {
+      const int64_t j1 = j0 + kColumns < width ? j0 + kColumns : width;
+      Vec<A> dot[G][V] = {};
+      for (int64_t j = j0; j < j1; ++j) {
+        Vec<A> total[V];
         for (int v = 0; v < V; ++v) {
-          total[v] += xv[g][v] * keys[g * width + j];
-          total[v] += wv[g][v] * grads[g * width + j];
+          A* p = grad + j * kTile + lane + v * L;
+          total[v] = load<A>(p);
+          if constexpr (First) total[v] += own[v] * load<A>(tile + j * kTile + lane + v * L);
         }
-      for (int v = 0; v < V; ++v) store<A>(grad + j * kTile + lane + v * L, total[v]);
+        for (int g = 0; g < G; ++g)
+          for (int v = 0; v < V; ++v) {
+            total[v] += xv[g][v] * keys[g * width + j];
+            total[v] += wv[g][v] * grads[g * width + j];
+          }
+        for (int v = 0; v < V; ++v) store<A>(grad + j * kTile + lane + v * L, total[v]);
+        if constexpr (Last)
+          for (int g = 0; g < G; ++g)
+            for (int v = 0; v < V; ++v) dot[g][v] += total[v] * contents[g * width + j];
+      }
       if constexpr (Last)
         for (int g = 0; g < G; ++g)
-          for (int v = 0; v < V; ++v) dot[g][v] += total[v] * contents[g * width + j];
+          for (int v = 0; v < V; ++v)
+            store_run<A>(dots + g * kTile + lane + v * L, dot[g][v], j0 == 0);
     }
-    if constexpr (Last)
-      for (int g = 0; g < G; ++g)
-        for (int v = 0; v < V; ++v) store<A>(dots + g * kTile + lane + v * L, dot[g][v]);
   }
 }
 

@@ -140,9 +140,7 @@ def _load_archives(place: Path, archives: list[Path]) -> Characters:
                     if name.endswith(".png"):
                         readers[name] = _constant(archive.read(name))
         except (OSError, zipfile.BadZipFile, EOFError) as error:
-            raise DataError(
-                f"{path} is damaged ({error}); delete it and try again"
-            ) from error
+            raise DataError(f"{path} is damaged ({error}); delete it and try again") from error
     return _from_images(place, readers)
 
 

@@ -78,8 +78,9 @@ def lrua_scan(
             writes to all n of them (the paper's eqs. 6-7 to the letter).
         eps: added to the cosine's denominator; greater than 0.
         initial_value: what ``reset`` fills the memory with.
-        history_budget: bytes of M_t to save for the backward pass, default ``HISTORY_BUDGET``. If T
-            of them do not fit, the backward pass undoes the writes instead (``snapshot_every``).
+        history_budget: bytes up to which every M_t is saved for the backward pass. Else it undoes
+            the writes instead, with room for one M; ``python -m benchmarks drift`` measures how
+            exact that is. Default: ``HISTORY_BUDGET``.
         snapshot_every: overrides the budget: 1 saves every M_t, 0 none (pure rollback), K every
             K-th.
 

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks lrua|scaling [--json FILE]``."""

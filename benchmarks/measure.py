@@ -1,0 +1,104 @@
+"""Timing side by side, bandwidth of this machine, peak memory of a subprocess, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mann_ext
+
+
+def side_by_side(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Median, fastest and slowest milliseconds of each, run in turn so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + repeats):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if turn >= warmup:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {
+        name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t)}
+        for name, t in times.items()
+    }
+
+
+def read_write_bandwidth(threads: int, mebibytes: int = 512) -> float:
+    """Bytes read plus bytes written a second by an in-place scaling of a large array."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        array = torch.ones(mebibytes * 2**18)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            array.mul_(1.0000001)
+            times.append(time.perf_counter() - start)
+        return 2 * array.numel() * array.element_size() / statistics.median(times[2:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_memory(expression: str, timeout: float = 900) -> float:
+    """Peak resident bytes that evaluating ``expression`` (module:function(args)) adds, in a fresh process."""
+    module, call = expression.split(":", 1)
+    # The function's own imports and inputs are loaded first by calling it with dry_run.
+    code = (
+        f"import resource, {module} as m\n"
+        "m.imports()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"m.{call}\n"
+        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=True
+    )
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know of where this ran."""
+    from mann_ext import info
+
+    facts = info.info()
+    return {
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "instruction_set": str(facts.get("CPU instruction set", facts.get("cpu_instruction_set"))),
+        "torch": torch.__version__,
+        "mann_ext": mann_ext.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write to a temporary name beside ``path``, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+    Console().print(table)
