@@ -119,9 +119,10 @@ def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
         for name, row in paper.items()
     ]
     title = (
-        f"Accuracy (%) by instance on {values['episodes']:,} episodes of held-out classes\n"
-        f"{own}, {config.episodes.ways} classes, {config.episodes.labels} labels, "
-        f"{values['data']}, {values['minibatches']:,} minibatches"
+        f"Accuracy (%) by instance, {values['episodes']:,} episodes of held-out classes, "
+        f"{own} after {values['minibatches']:,} minibatches\n"
+        f"{config.episodes.ways} classes an episode, {config.episodes.labels} labels, "
+        f"{values['data']}"
     )
     headings = ["", *(ordinal(int(name)) for name in columns)]
     try:

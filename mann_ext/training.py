@@ -74,8 +74,9 @@ def train(config: SantoroConfig, preset: str = "run", *, resume: bool = False) -
         config: the experiment.
         preset: its name, for the folder and the results.
         resume: go on from the newest checkpoint in ``config.run.run_dir``, or in the preset's
-            newest run. On the CPU, and with a limit in minibatches, the result is bit for bit that
-            of a run that was never stopped.
+            newest run; from the start, if that was stopped before its first one. On the CPU, and
+            with a limit in minibatches, the result is bit for bit that of a run that was never
+            stopped.
 
     Raises:
         ConfigError: the configuration cannot be run.
@@ -100,9 +101,11 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
     with contextlib.ExitStack() as stack:
         saved = None
         if processes.first:
+            if resume and not (run_dir / CONFIG).is_file():
+                raise TrainingError(f"{run_dir} holds no run to resume; expected its {CONFIG}")
             stack.enter_context(_claimed(run_dir))
             saved = checkpoint.latest(run_dir / CHECKPOINTS)
-            if saved and not resume:
+            if (saved or (run_dir / CONFIG).is_file()) and not resume:
                 raise TrainingError(
                     f"{run_dir} already holds a run; go on with it by --resume, or choose "
                     "another --run-dir"
@@ -138,7 +141,7 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
                 Reporter(run_dir, run.tensorboard, progress.step, progress.metrics_size)
             )
             size = sum(parameter.numel() for parameter in model.parameters())
-            begun = f"going on from {saved}" if saved else str(run_dir)
+            begun = f"going on from {saved}" if saved else f"in {run_dir}"
             reporter.say(f"{preset}: {size:,} parameters, {task.data_name}, {device}; {begun}")
         loop = Loop(task, model, optimiser, progress, run_dir, processes, reporter, preset)
         stopped_by = loop.run()
@@ -439,7 +442,7 @@ def run_folder(run: RunConfig, preset: str, resume: bool) -> Path:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         return Path("runs") / f"{preset}-{now}"
     stamp = "[0-9]" * 8 + "-" + "[0-9]" * 6
-    earlier = sorted(Path("runs").glob(f"{preset}-{stamp}"))
+    earlier = sorted(path.parent for path in Path("runs").glob(f"{preset}-{stamp}/{CONFIG}"))
     if not earlier:
         raise TrainingError(f"no run of {preset} in runs to resume; name its folder by --run-dir")
     return earlier[-1]
@@ -524,6 +527,11 @@ def _claimed(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+        if not (run_dir / CONFIG).exists():  # nothing was begun, so nothing is left behind
+            (run_dir / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (run_dir / CHECKPOINTS).rmdir()
+                run_dir.rmdir()
 
 
 @dataclass

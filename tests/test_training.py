@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(
     steps = []
     for delay in random_delays(5, 0.12):
         before = checkpoint.latest(tmp_path / "checkpoints")
-        process = start(train_here, tiny(tmp_path), True)
+        process = start(train_here, tiny(tmp_path), (tmp_path / "config.json").is_file())
         wait_for_checkpoint(tmp_path, before, process)
         process.join(delay)
         kill(process)
@@ -89,7 +90,7 @@ def test_a_run_stopped_between_log_lines_loses_nothing(finished: Path, tmp_path:
     train(replace(config, run=replace(config.run, run_dir=whole, minibatches=20)), "tiny")
     for minibatches in (7, 13, 20):
         run = replace(config.run, run_dir=tmp_path / "parts", minibatches=minibatches)
-        train(replace(config, run=run), "tiny", resume=True)
+        train(replace(config, run=run), "tiny", resume=minibatches > 7)
     assert_same_state(state_of(tmp_path / "parts"), state_of(whole))
     assert metrics_of(tmp_path / "parts") == metrics_of(whole)
 
@@ -143,6 +144,16 @@ def test_a_run_is_not_resumed_as_another(finished: Path) -> None:
     other = replace(tiny(finished), model=replace(TINY.model, hidden_size=13))
     with pytest.raises(ConfigError, match="hidden_size: 12, now 13"):
         train(other, "tiny", resume=True)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_is_resumed_from_the_start(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copy(finished / "config.json", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"half a li')
+    train(tiny(tmp_path), "tiny", resume=True)
+    assert_same_state(state_of(tmp_path), state_of(finished))
+    assert metrics_of(tmp_path) == metrics_of(finished)
 
 
 def test_a_damaged_checkpoint_is_reported_and_kept(finished: Path, tmp_path: Path) -> None:
@@ -201,10 +212,7 @@ def test_a_time_limit_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_the_learning_rate_follows_its_schedule(schedule: Any) -> None:
     config = OptimiserConfig(
-        learning_rate=2.0,
-        schedule=schedule,
-        final_learning_rate=0.1,
-        warmup=10,
+        learning_rate=2.0, schedule=schedule, final_learning_rate=0.1, warmup=10
     )
     assert learning_rate(config, 0, 0.0) == pytest.approx(0.2)
     assert learning_rate(config, 9, 0.0) == pytest.approx(2.0)
