@@ -200,7 +200,7 @@ def _bank(images: Tensor) -> Tensor:
     margin = (_MARGIN, _MARGIN + 1, _MARGIN, _MARGIN + 1)
     for start in range(0, flat.shape[0], 1000):
         part = F.pad(flat[start : start + 1000].float(), margin).unsqueeze(1)
-        part = F.avg_pool2d(part, _BOX, 1, _BOX // 2)[:, 0, ::2, ::2]
+        part = F.avg_pool2d(part, _BOX, 2, _BOX // 2)[:, 0]  # every second pixel
         bank[start : start + 1000] = (part * 255).round().to(torch.uint8)
     return bank.flatten()
 
@@ -219,7 +219,7 @@ def _patterns(augment: bool) -> Tensor:
     angle = (torch.arange(4).unsqueeze(-1) * (math.pi / 2) + angle).flatten().view(-1, 1, 1, 1, 1)
     odd_y = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     odd_x = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
-    # The bank's centre entry is original pixel 2 * (_BANK_SIDE // 2) - _MARGIN, the middle 52 or so.
+    # The bank's centre entry is pixel 2 * (_BANK_SIDE // 2) - _MARGIN of the original.
     middle = (SIDE - 1) / 2 - (2 * (_BANK_SIDE // 2) - _MARGIN)
     from_y = (y * angle.cos() + x * angle.sin() + odd_y + middle) / 2
     from_x = (x * angle.cos() - y * angle.sin() + odd_x + middle) / 2
