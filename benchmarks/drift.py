@@ -1,8 +1,8 @@
 """How exact are gradients when the memory is rolled back instead of saved?
 
-For each length, strength and initial memory: the error of the keys' gradient in float32 against the
-same kernel in float64 with every M_t saved, worst of those of five seeds whose choice of slots is the
-same in both (None: of no seed).
+For each length, strength and initial memory: the error of the keys' gradient in float32 against
+the same kernel in float64 with every M_t saved, worst of those of five seeds whose choice of slots
+is the same in both (None: of no seed).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The LRUA memory as one would write it in PyTorch: the opponent of the native kernels.
 
-Written for speed with what eager PyTorch has: batched matrix products, in-place arithmetic where
-autograd allows it, ``topk`` for the least-used slots. The same mathematics as mann_ext.reference but
-for the order of ties.
+Written for speed with what eager PyTorch has: batched matrix products, and ``topk`` for the
+least-used slots. The same mathematics as mann_ext.reference but for the order of ties.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import mann_ext
 def side_by_side(
     contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
 ) -> dict[str, dict[str, float]]:
-    """Median, fastest and slowest milliseconds of each, run in turn so that drift hits all alike."""
+    """Median, least and most milliseconds of each, run in turn so that drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
         for name, run in contenders.items():
@@ -52,19 +52,22 @@ def read_write_bandwidth(threads: int, mebibytes: int = 512) -> float:
         torch.set_num_threads(before)
 
 
-def peak_memory(expression: str, timeout: float = 900) -> float:
-    """Peak resident bytes that evaluating ``expression`` (module:function(args)) adds, in a fresh process."""
-    module, call = expression.split(":", 1)
-    # The function's own imports and inputs are loaded first by calling it with dry_run.
-    code = (
-        f"import resource, {module} as m\n"
-        "m.imports()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"m.{call}\n"
-        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+def peak_memory(code: str, timeout: float = 900) -> float:
+    """Peak resident bytes that ``code`` adds in a fresh process with torch and mann_ext loaded."""
+    program = (
+        "import torch\n"
+        "from benchmarks import workloads\n"
+        "workloads.warm_up()\n"
+        # Not getrusage: a child inherits its parent's maximum there.
+        "def peak():\n"
+        "    text = open('/proc/self/status').read()\n"
+        "    return 1024 * int(text.split('VmHWM:')[1].split()[0])\n"
+        "before = peak()\n"
+        f"{code}\n"
+        "print(peak() - before)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=timeout, check=True
     )
     return float(done.stdout.strip().splitlines()[-1])
 
@@ -77,7 +80,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "instruction_set": str(facts.get("CPU instruction set", facts.get("cpu_instruction_set"))),
+        "instruction_set": facts.get("cpu instruction set", "unknown"),
         "torch": torch.__version__,
         "mann_ext": mann_ext.__version__,
         "date": date.today().isoformat(),

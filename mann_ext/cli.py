@@ -98,13 +98,7 @@ def _train(words: list[str]) -> int:
             saved = dataclasses.replace(saved, run=dataclasses.replace(saved.run, run_dir=run_dir))
             config, _ = _parse_train(words, name, saved)
     outcome = train(config, name, resume=resume)
-    if outcome.signal is None:
-        return 0
-    print(
-        f"stopped and saved at minibatch {outcome.step:,}; go on with\n"
-        f"  mann-ext train {name} --run-dir {outcome.run_dir} --resume"
-    )
-    return 128 + outcome.signal
+    return 0 if outcome.signal is None else 128 + outcome.signal
 
 
 def _parse_train(words: list[str], name: str, default: SantoroConfig) -> tuple[SantoroConfig, bool]:

@@ -145,6 +145,11 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
             reporter.say(f"{preset}: {size:,} parameters, {task.data_name}, {device}; {begun}")
         loop = Loop(task, model, optimiser, progress, run_dir, processes, reporter, preset)
         stopped_by = loop.run()
+        if stopped_by is not None and reporter:
+            reporter.say(
+                f"stopped and saved at minibatch {progress.step:,}; go on with\n"
+                f"  mann-ext train {preset} --run-dir {run_dir} --resume"
+            )
 
     if not processes.first or stopped_by is not None or not run.final_episodes:
         return Outcome(run_dir, progress.step, None, stopped_by)

@@ -1,4 +1,4 @@
-"""Sample inputs of every operator: typical, at the edges, extreme. All operator tests run over them."""
+"""Sample inputs of every operator, typical, at the edges and extreme: all tests run over them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SAMPLES = content_samples()
 samples = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
 
 
-def run(sample: Sample, name: str):
+def run(sample, name):
     args = [
         x.detach().clone().requires_grad_() if x is not None and x.dtype != torch.bool else x
         for x in sample.args

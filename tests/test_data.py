@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mann_ext.data.omniglot as omniglot_module
 from mann_ext import data
 from mann_ext.data import episodes as episodes_module
-from mann_ext.data import omniglot as omniglot_module
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def real_data() -> Path:
 
 
 def test_the_real_omniglot_has_1623_classes_split_1200_to_423():
-    characters = data.omniglot(real_data())
+    characters = data.Omniglot(real_data())
     assert characters.images.shape == (1623, 20, 105, 105)
     assert 0.01 < characters.images.float().mean() < 0.15
     training, test = characters.split()
@@ -179,7 +179,7 @@ def test_nothing_found_and_no_network_says_where_it_looked(tmp_path, monkeypatch
 
     monkeypatch.setattr(omniglot_module.urllib.request, "urlopen", refuse)
     with pytest.raises(data.DataError, match=r"not found in .*no network.*MANN_EXT_DATA"):
-        data.omniglot(tmp_path)
+        data.Omniglot(tmp_path)
     monkeypatch.setattr("mann_ext.data.synthetic.synthetic_characters", lambda: "glyphs")
     assert data.load_characters(tmp_path) == "glyphs"
     with pytest.raises(data.DataError):
@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
 def test_a_damaged_file_is_one_clear_error(tmp_path, content):
     (tmp_path / "omniglot.npz").write_bytes(content)
     with pytest.raises(data.DataError, match=r"omniglot\.npz is damaged"):
-        data.omniglot(tmp_path)
+        data.Omniglot(tmp_path)
 
 
 def test_the_folder_layout_is_read_as_it_is(tmp_path):
@@ -250,10 +250,10 @@ def test_the_folder_layout_is_read_as_it_is(tmp_path):
             pixels = np.full((105, 105), 255, np.uint8)
             pixels[i, 7] = 0
             image.fromarray(pixels).convert("1").save(folder / f"0001_{i + 1:02}.png")
-    found = data.omniglot(tmp_path)
+    found = data.Omniglot(tmp_path)
     assert found.names == ("Alphabet/character_a", "Alphabet/character_b")
     assert found.images.sum() == 40
     assert found.images[1, 3, 3, 7] == 1
     next((tmp_path / "omniglot-py").rglob("*_05.png")).write_bytes(b"broken")
     with pytest.raises(data.DataError, match="not a readable image"):
-        data.omniglot(tmp_path)
+        data.Omniglot(tmp_path)

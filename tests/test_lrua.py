@@ -107,8 +107,8 @@ def test_float32_error_is_at_most_twice_the_references_own(sample: Sample, every
         truth = (*exact[0][:4], *exact[1])
         mine.append([relative(*p) for p in zip((*got[0], *got[1]), truth, strict=True)])
         theirs.append([relative(*p) for p in zip((*plain[0][:4], *plain[1]), truth, strict=True)])
-    # The reference may be exact by luck; with one slot always, for there the gradient of the softmax
-    # is zero and it subtracts a number from itself, where one pass subtracts two sums of it.
+    # The reference may be exact by luck; with one slot always, for there the softmax's gradient is
+    # zero and it subtracts a number from itself, where one pass subtracts two sums of it.
     floor = (64 if sample.name == "one_slot" else 8) * torch.finfo(torch.float32).eps
     for ours, reference_error in zip(
         zip(*mine, strict=True), zip(*theirs, strict=True), strict=True
@@ -303,7 +303,7 @@ def test_a_scan_is_a_loop_of_steps(sample: Sample):
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])
-def test_ties_go_to_the_lowest_slot(name: str):
+def test_ties_go_to_the_lowest_slot(name):
     if name == "native" and not _library.native_available():
         pytest.skip("native operators are not built")
     memory, read_weights, usage = reference.fresh_state(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import io
+import itertools
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_reset_starts_a_separate_run(ends):
     mask[:, 1] = torch.tensor(ends)
     got = memory(x, reset_mask=mask)[0]
     cuts = [0, *[t for t in range(1, 6) if ends[t]], 6]
-    pieces = [memory(x[a:b, 1:])[0] for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [memory(x[a:b, 1:])[0] for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(got[:, 1:], torch.cat(pieces))
     torch.testing.assert_close(got[:, :1], memory(x[:, :1])[0])
 

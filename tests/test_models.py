@@ -148,6 +148,6 @@ def test_bad_input_is_named(kind):
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="lstm"):
-        MANN(6, 3, controller="gru")  # type: ignore[arg-type]
+        MANN(6, 3, controller="gru")
     with pytest.raises(ValueError, match="batch_first"):
         MANN(6, 3, batch_first=True)

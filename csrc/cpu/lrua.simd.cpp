@@ -21,6 +21,10 @@ using namespace mann_ext::lrua;
 // exp(score) needs no shift while |strength| is at most this: sums over 10^9 slots stay finite.
 constexpr double kUnshifted = 40;
 
+// The memories after the first few steps of an episode are made again from its start, not rolled
+// back: rows of 1e-6 would come back as rounding errors of what was added to them.
+constexpr int64_t kReplayed = 4;
+
 template <class A>
 struct Candidate {
   A usage;
@@ -578,6 +582,12 @@ struct Scan {
       tile_from_rows(grad, static_cast<const S*>(p.grad_memory) + row, s.width, 1, count, s.width);
   }
 
+  static bool near_start(const Backward& p, int64_t t, int64_t b) {
+    for (int64_t i = 0; i < kReplayed; ++i, --t)
+      if (t == 0 || resets(p.in, p.shape, t, b)) return true;
+    return false;
+  }
+
   // M_{t-1} of one tile from its episode's start, exactly as the forward pass made it.
   static void replay_tile(const Backward& p, const BackwardScratch& scratch, int64_t b, int64_t t,
                           int64_t tile, A* write, Int* keep, S* replayed) {
@@ -742,8 +752,7 @@ struct Scan {
                        static_cast<S*>(p.grad_memory_in) + (b * s.slots + tile * kTile) * s.width,
                        tile_slots(s, tile), s.width);
       } else if (!has_snapshot(p, t - 1)) {
-        const bool exact = t == 1 || resets(p.in, s, t - 1, b);  // M_1 from M_0, not from M_2
-        if (reset || exact) {
+        if (reset || near_start(p, t - 1, b)) {
           replay_tile(p, scratch, b, t, tile, write_tile_weights, keep, replayed);
         } else {
           for (int64_t r = 0; r < s.heads; ++r)

@@ -2,7 +2,7 @@
 
 from mann_ext.data.characters import Characters, DataError, load_characters
 from mann_ext.data.episodes import IMAGE_SIZE, Episodes, EpisodeSampler
-from mann_ext.data.omniglot import Omniglot, omniglot, santoro_test_classes
+from mann_ext.data.omniglot import Omniglot, santoro_test_classes
 from mann_ext.data.synthetic import synthetic_characters
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Episodes",
     "Omniglot",
     "load_characters",
-    "omniglot",
     "santoro_test_classes",
     "synthetic_characters",
 ]

@@ -20,9 +20,9 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Characters:
-    """Drawings of characters: images (classes, drawings, 105, 105) uint8, 1 = ink; one name a class.
+    """Drawings of characters: images (classes, drawings, 105, 105) uint8, 1 = ink.
 
-    ``source`` says what they are, for logs.
+    ``names`` has one name a class; ``source`` says what they are, for logs.
     """
 
     images: Tensor
@@ -55,11 +55,11 @@ def load_characters(root: Path | str | None = None, *, allow_synthetic: bool = T
     Raises:
         DataError: Omniglot is damaged, or absent while ``allow_synthetic`` is False.
     """
-    from mann_ext.data.omniglot import MissingDataError, omniglot
+    from mann_ext.data.omniglot import MissingDataError, Omniglot
     from mann_ext.data.synthetic import synthetic_characters
 
     try:
-        return omniglot(root)
+        return Omniglot(root)
     except MissingDataError:
         if not allow_synthetic:
             raise

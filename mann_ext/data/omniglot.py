@@ -8,15 +8,16 @@ import os
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from mann_ext.data.characters import Characters, DataError
 
-__all__ = ["MissingDataError", "Omniglot", "omniglot", "santoro_test_classes"]
+__all__ = ["MissingDataError", "Omniglot", "santoro_test_classes"]
 
 SIDE = 105
 CLASSES = 1623
@@ -47,13 +48,13 @@ def cache_folder() -> Path:
     return Path(base) / "mann_ext"
 
 
-def omniglot(root: Path | str | None = None, *, download: bool = True) -> Characters:
+def Omniglot(root: Path | str | None = None, *, download: bool = True) -> Characters:
     """All 1,623 classes, in the order of their folders (background, then evaluation).
 
     Understood, in each folder of the search path: the packed ``omniglot.npz``; torchvision's layout
     (``omniglot-py/images_background/ALPHABET/CHARACTER/*.png``, with or without the outer folder);
-    the two public zip archives. Else the archives are downloaded into the cache folder (or ``root``),
-    going on where an earlier download broke off, and checked by their MD5.
+    the two public zip archives. Else the archives are downloaded into the cache folder (or
+    ``root``), going on where an earlier download broke off, and checked by their MD5.
 
     Args:
         root: folder to look in; None: MANN_EXT_DATA, then the user's cache folder.
@@ -78,12 +79,9 @@ def omniglot(root: Path | str | None = None, *, download: bool = True) -> Charac
     return found
 
 
-Omniglot = omniglot
-
-
 def santoro_test_classes(root: Path | str | None = None) -> tuple[str, ...]:
     """Names of the 423 held-out classes of the fixed split."""
-    return omniglot(root).split()[1].names
+    return Omniglot(root).split()[1].names
 
 
 def _not_found(places: Iterable[Path], why: str) -> str:
@@ -144,11 +142,11 @@ def _load_archives(place: Path, archives: list[Path]) -> Characters:
     return _from_images(place, readers)
 
 
-def _constant(data: bytes):  # type: ignore[no-untyped-def]
+def _constant(data: bytes) -> Callable[[], bytes]:
     return lambda: data
 
 
-def _from_images(place: Path, readers: dict) -> Characters:  # type: ignore[type-arg]
+def _from_images(place: Path, readers: dict[str, Callable[[], bytes]]) -> Characters:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -214,7 +212,7 @@ def _download(url: str, target: Path, md5: str, places: list[Path]) -> None:
     partial.replace(target)
 
 
-def _copy(response, file, length, name):  # type: ignore[no-untyped-def]
+def _copy(response: Any, file: BinaryIO, length: int | None, name: str) -> None:
     try:
         from rich.progress import wrap_file
     except ImportError:

@@ -263,6 +263,8 @@ class LRUAMemory(nn.Module):
         )  # fmt: skip
         return output.reads.flatten(2).to(x.dtype), LRUAState(*output[1:])
 
+    raw_strength: nn.Parameter | None
+
     def _strengths(self, scalars: Tensor) -> Tensor | None:
         heads = self.num_reads
         if self.learn_strength == "per_step":

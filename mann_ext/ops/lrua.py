@@ -14,8 +14,10 @@ __all__ = ["HISTORY_BUDGET", "LRUAScanOutput", "LeastUsed", "lrua_scan", "lrua_s
 
 LeastUsed = Literal["per_head", "shared"]
 
-HISTORY_BUDGET = 256 * 2**20
-"""Bytes up to which every M_t of a scan is saved for the backward pass; above, it rolls back."""
+HISTORY_BUDGET = 4 * 2**20
+"""Bytes up to which every M_t of a scan is saved for the backward pass; above, it rolls back.
+
+More than a cache holds is slower to save and load than to undo."""
 
 _TILE = 64  # slots a tile of the native layout; rows of weights are padded to a multiple
 _MAX_HEADS = 64

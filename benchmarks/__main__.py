@@ -1,0 +1,45 @@
+"""``python -m benchmarks NAME [--json FILE]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from benchmarks import measure
+
+
+def main(
+    name: Annotated[Literal["lrua", "drift"], tyro.conf.Positional],
+    json: Path | None = None,
+    repeats: int = 15,
+    compile_steps: int = 0,
+    large: bool = True,
+) -> None:
+    """Run a benchmark and print a table.
+
+    Args:
+        name: lrua (speed and memory against opponents and floors) or drift (exactness of rollback).
+        json: also write the results to this file.
+        repeats: timed runs of each contender, after two warm-up runs.
+        compile_steps: also compile the eager scan with torch.compile at this length (minutes).
+        large: also run the rows of large memories.
+    """
+    if name == "drift":
+        from benchmarks import drift
+
+        rows = drift.run()
+        report = {"machine": measure.machine(), "rows": rows}
+        measure.print_table("Rollback", list(rows[0]), [list(row.values()) for row in rows])
+    else:
+        from benchmarks import lrua
+
+        report = lrua.run(repeats, compile_steps, large)
+        lrua.show(report)
+    if json is not None:
+        measure.write_json(json, report)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,108 @@
+"""What is timed: the memory alone, and whole training steps, native and as opponents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.eager import eager_scan
+from mann_ext import ops, reference
+from mann_ext.models import LSTM, MANN
+
+
+def scan_inputs(
+    steps: int, batch: int, slots: int, width: int, heads: int, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """memory, read_weights, usage, keys, gates, strengths, as at an episode's start."""
+    torch.manual_seed(seed)
+    state = reference.fresh_state(
+        batch, heads, slots, width, 1e-6, torch.float32, torch.device("cpu")
+    )
+    keys = torch.randn(steps, batch, heads, width).tanh()
+    gates = torch.randn(steps, batch, heads).sigmoid()
+    return (*state, keys, gates, torch.full((steps, batch, heads), 10.0))
+
+
+def warm_up() -> None:
+    """Load and run everything once at a small size, so that later growth is the workload's."""
+    step = training_scan("native", scan_inputs(2, 2, 64, 8, 2))
+    step()
+    training_scan("eager", scan_inputs(2, 2, 64, 8, 2))()
+
+
+_SCANS: dict[str, Callable[..., Tensor]] = {
+    "native": lambda *a: ops.lrua_scan(*a).reads,
+    "eager": eager_scan,
+    "reference": lambda *a: reference.lrua_scan(*a)[0],
+}
+
+
+def training_scan(name: str, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Forward and backward of the memory alone, gradients to keys, gates and strengths."""
+    memory, read_weights, usage, *rest = inputs
+    learnt = [x.clone().requires_grad_() for x in rest]
+    scan = _SCANS[name]
+
+    def run() -> None:
+        torch.autograd.grad(scan(memory, read_weights, usage, *learnt).sum(), learnt)
+
+    return run
+
+
+def forward_scan(name: str, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Forward of the memory alone, without gradients."""
+    scan = _SCANS[name]
+
+    def run() -> None:
+        with torch.no_grad():
+            scan(*inputs)
+
+    return run
+
+
+class EagerMANN(nn.Module):
+    """The MANN of mann_ext.models with the eager memory: same controller and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MANN(405, 5, read_strength=10.0, learn_strength="per_head")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        inner, memory = self.inner, self.inner.memory
+        steps, batch, _ = x.shape
+        hidden, _ = inner.controller(x, inner.controller.initial_state(batch))
+        interface = memory.interface(hidden)
+        keys, gates = interface.split([memory.output_size, memory.num_reads], -1)
+        assert memory.raw_strength is not None
+        strengths = F.softplus(memory.raw_strength).expand(steps, batch, memory.num_reads)
+        reads = eager_scan(
+            *memory.initial_state(batch),
+            keys.reshape(steps, batch, memory.num_reads, memory.slot_size),
+            gates.sigmoid(),
+            strengths,
+        )
+        return inner.output(torch.cat([hidden, reads.flatten(2)], -1)), None
+
+
+def training_step(name: str, batch: int = 16, steps: int = 50) -> Callable[[], None]:
+    """One optimiser step of the 5-way task: "mann", "eager_mann" or "lstm", 200 hidden units."""
+    torch.manual_seed(0)
+    models: dict[str, Callable[[], nn.Module]] = {
+        "mann": lambda: MANN(405, 5, read_strength=10.0, learn_strength="per_head"),
+        "eager_mann": EagerMANN,
+        "lstm": lambda: LSTM(405, 5),
+    }
+    model = models[name]()
+    x, y = torch.rand(steps, batch, 405), torch.randint(5, (steps * batch,))
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+
+    def run() -> None:
+        loss = F.cross_entropy(model(x)[0].flatten(0, 1), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return run
