@@ -25,6 +25,9 @@ from mann_ext.experiments.santoro import (
 )
 from mann_ext.reporting import ordinal
 
+WIDE = 110
+"""Columns of a terminal that the accuracies of all instances fit in."""
+
 
 def results(
     accuracy: Accuracy,
@@ -98,46 +101,39 @@ def _instruction_set() -> str:
 
 def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
     """Print the accuracies by instance beside the paper's."""
-    columns = [str(number) for number in range(1, INSTANCES + 1)]
-    measured = [
-        f"{100 * values['accuracy'][name]:.1f}" if name in values["accuracy"] else ""
-        for name in columns
-    ]
-    widths = [
-        f"±{100 * values['half_width_95'][name]:.1f}" if name in values["half_width_95"] else ""
-        for name in columns
-    ]
     own = paper_name(config.model)
-    rows = [("this run", measured), ("  95 % interval", widths)]
-    paper = {name: row for name, row in values["paper"].items() if name == own}
-    paper |= {name: row for name, row in values["paper"].items() if name != own}
-    rows += [
-        (
-            f"paper, {name}",
-            [f"{100 * row[column]:.1f}" if column in row else "" for column in columns],
-        )
-        for name, row in paper.items()
-    ]
     title = (
         f"Accuracy (%) by instance, {values['episodes']:,} episodes of held-out classes, "
         f"{own} after {values['minibatches']:,} minibatches\n"
         f"{config.episodes.ways} classes an episode, {config.episodes.labels} labels, "
         f"{values['data']}"
     )
-    headings = ["", *(ordinal(int(name)) for name in columns)]
+    paper = {name: row for name, row in values["paper"].items() if name == own}
+    paper |= {name: row for name, row in values["paper"].items() if name != own}
+    shares = {"this run": values["accuracy"]}
+    shares |= {f"paper, {name}": row for name, row in paper.items()}
+    rows = {name: {k: f"{100 * v:.1f}" for k, v in row.items()} for name, row in shares.items()}
+    widths = {k: f"±{100 * v:.1f}" for k, v in values["half_width_95"].items()}
+    rows = {"this run": rows.pop("this run"), "  95 % interval": widths, **rows}
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         print(title)
-        for name, cells in [(headings[0], headings[1:]), *rows]:
-            print(f"{name:<32}" + "".join(f"{cell:>7}" for cell in cells))
+        columns = range(1, INSTANCES + 1)
+        print(" " * 28 + "".join(f"{ordinal(number):>7}" for number in columns))
+        for name, row in rows.items():
+            print(f"{name:<28}" + "".join(f"{row.get(str(number), ''):>7}" for number in columns))
         return
-    table = Table(title=title)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for name, cells in rows:
-        table.add_row(name, *cells)
     console = Console()
-    # A file or a pipe has no width to fit; a terminal keeps its own.
-    (console if console.is_terminal else Console(width=130)).print(table)
+    if not console.is_terminal:  # a file or a pipe has no width to fit
+        console = Console(width=WIDE)
+    print(title)
+    table = Table()
+    table.add_column("", no_wrap=True)
+    shown = range(1, INSTANCES + 1) if console.width >= WIDE else PAPER_INSTANCES
+    for number in shown:
+        table.add_column(ordinal(number), justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *(row.get(str(number), "") for number in shown))
+    console.print(table)

@@ -67,14 +67,14 @@ class Reporter:
         self._write({"kind": "train", **record})
         line = (
             f"minibatch {record['step']:,}  loss {record['loss']:.3f}  "
-            f"{accuracies(record['accuracy'])}  {record['episodes_per_second']:,.0f} episodes/s  "
-            f"{clock(seconds_left)} left"
+            f"{accuracies(record['accuracy'])}"
         )
+        speed = f"{record['episodes_per_second']:,.0f} episodes/s  {clock(seconds_left)} left"
         if self._bar:
-            self._bar.update(fraction, line)
+            self._bar.update(fraction, line, speed)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
-            print(f"{100 * fraction:3.0f} %  {line}", flush=True)
+            print(f"{100 * fraction:3.0f} %  {line}  {speed}", flush=True)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Report the accuracy on held-out classes."""
@@ -99,25 +99,28 @@ class Reporter:
 
 
 class _Bar:
-    """A rich progress bar with the latest metrics."""
+    """A rich progress bar with the speed, and the latest metrics below it."""
 
     def __init__(self) -> None:
+        from rich.console import Group
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.text import Text
 
         self._progress = Progress(
-            TaskProgressColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            refresh_per_second=2,
+            TaskProgressColumn(), BarColumn(), TextColumn("{task.description}"), auto_refresh=False
         )
-        self._task = self._progress.add_task("starting", total=1.0)
-        self.start, self.stop = self._progress.start, self._progress.stop
+        self._task = self._progress.add_task("", total=1.0)
+        self._metrics = Text("starting")
+        self._live = Live(Group(self._progress, self._metrics), refresh_per_second=2)
+        self.start, self.stop = self._live.start, self._live.stop
 
-    def update(self, fraction: float, line: str) -> None:
-        self._progress.update(self._task, completed=fraction, description=line)
+    def update(self, fraction: float, line: str, speed: str) -> None:
+        self._progress.update(self._task, completed=fraction, description=speed)
+        self._metrics.plain = line
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
+        self._live.console.print(text, highlight=False, markup=False)
 
 
 def accuracies(by_instance: Mapping[str, float]) -> str:
