@@ -52,8 +52,13 @@ def read_write_bandwidth(threads: int, mebibytes: int = 512) -> float:
         torch.set_num_threads(before)
 
 
-def peak_memory(code: str, timeout: float = 900) -> float:
+def peak_memory(code: str) -> float:
     """Peak resident bytes that ``code`` adds in a fresh process with torch and mann_ext loaded."""
+    return float(in_process(code)[-1])
+
+
+def in_process(code: str, timeout: float = 900) -> list[str]:
+    """The lines that ``code`` prints in such a process, and last the peak bytes it added."""
     program = (
         "import torch\n"
         "from benchmarks import workloads\n"
@@ -69,7 +74,7 @@ def peak_memory(code: str, timeout: float = 900) -> float:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=timeout, check=True
     )
-    return float(done.stdout.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()
 
 
 def machine() -> dict[str, Any]:

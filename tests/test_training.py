@@ -48,7 +48,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(
     finished: Path, tmp_path: Path
 ) -> None:
     steps = []
-    for delay in random_delays(5, 0.12):
+    for delay in random_delays(5, 0.06):
         before = checkpoint.latest(tmp_path / "checkpoints")
         process = start(train_here, tiny(tmp_path), (tmp_path / "config.json").is_file())
         wait_for_checkpoint(tmp_path, before, process)

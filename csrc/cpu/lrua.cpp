@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
     Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor gates,
     std::optional<Tensor> strengths, std::optional<Tensor> contents, std::optional<Tensor> reset,
     double usage_decay, bool shared, double eps, double initial_value, int64_t snapshot_every,
-    bool save_for_backward, int64_t /*chunk*/) {
+    bool save_for_backward) {
   Forward p{};
   const Shape s = p.shape = make_shape(memory, keys);
   p.options = {usage_decay, eps, initial_value, shared, snapshot_every};

@@ -256,7 +256,7 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return torch.ops.mann_ext.lrua_scan(
             memory, read_weights, usage, keys, gates, strengths, contents, reset, usage_decay,
-            shared, eps, initial_value, snapshot_every, save_for_backward, 0,
+            shared, eps, initial_value, snapshot_every, save_for_backward,
         )  # fmt: skip
 
     @staticmethod
@@ -401,7 +401,6 @@ def _scan_fake(
     memory: Tensor, read_weights: Tensor, usage: Tensor, keys: Tensor, gates: Tensor,
     strengths: Tensor | None, contents: Tensor | None, reset: Tensor | None, usage_decay: float,
     shared: bool, eps: float, initial_value: float, snapshot_every: int, save_for_backward: bool,
-    chunk: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, slots, width = memory.shape
     steps, _, heads, _ = keys.shape
