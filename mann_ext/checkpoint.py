@@ -151,11 +151,18 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file and wait until the disk has it.
+
+    Raises:
+        OSError: it could not be written; unlike those of ``write`` and ``fsync``, names the file.
+    """
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_file(path: Path, content: bytes) -> None:

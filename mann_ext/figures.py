@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mann_ext.checkpoint import replace_file
 from mann_ext.reporting import ordinal, read_metrics
 
 if TYPE_CHECKING:
@@ -37,9 +39,9 @@ def draw_run(run_dir: Path) -> Path | None:
     draw_curves(left, records, paper)
     draw_by_instance(right, results, records)
     path = run_dir / FIGURE
-    temporary = path.with_name(f".tmp-{FIGURE}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    replace_file(path, picture.getvalue())
     print(f"figure: {path}")
     return path
 

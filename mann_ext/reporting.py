@@ -31,7 +31,8 @@ class Reporter:
     def __init__(
         self, run_dir: Path, tensorboard: bool, step: int = 0, metrics_size: int = 0
     ) -> None:
-        self._file = os.open(run_dir / METRICS, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._path = run_dir / METRICS
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
         os.ftruncate(self._file, metrics_size)
         os.lseek(self._file, 0, os.SEEK_END)
         self._tensorboard = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
@@ -90,8 +91,11 @@ class Reporter:
 
     def _write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
-        while line:
-            line = line[os.write(self._file, line) :]
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         if self._tensorboard:
             kind = record["kind"]
             for name, value in _scalars(record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,30 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     end = str(stopped_at + 5)
     assert run("train", "demo", "--resume", "--run-dir", tmp_path, "--minibatches", end) == 0
     assert state_of(tmp_path)["progress"]["step"] == stopped_at + 5
+
+
+def _main_on_a_full_disk(words: list[str], log: Path) -> None:
+    # Files cannot grow beyond this size: enough for metrics, too little for a checkpoint.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    sys.stderr = log.open("w")
+    sys.exit(cli.main(words))
+
+
+def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["train", "demo", *SMALL, "--no-figure", "--run-dir", str(folder)]
+    assert run(*words, "--minibatches", 4) == 0
+    before = state_of(folder)
+    more = ["train", "demo", "--resume", "--run-dir", str(folder), "--minibatches", "8"]
+    process = start(_main_on_a_full_disk, more, tmp_path / "log")
+    process.join(60)
+    assert process.exitcode == 2
+    message = (tmp_path / "log").read_text()
+    assert "could not write the checkpoint" in message
+    assert "step-000000004 is intact" in message
+    assert_same_state(state_of(folder), before)
+    assert len(list((folder / "checkpoints").iterdir())) == 1, "nothing half-written is left"
+    assert run(*more) == 0
 
 
 HELP = """

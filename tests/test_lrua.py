@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -427,3 +431,12 @@ def test_the_direct_call_of_the_raw_operator_is_checked_too():
     a[4] = a[4][:2]
     with pytest.raises(ValueError, match="gates"):
         torch.ops.mann_ext.lrua_scan(*a, 0.99, False, 1e-8, 1e-6, 0, True)
+
+
+@native
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_every_instruction_set_of_the_library(isa):
+    environment = {**os.environ, "MANN_EXT_CPU_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-x", __file__, "-k", "equals or sixteen or twice"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
