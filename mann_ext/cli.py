@@ -37,7 +37,8 @@ class UsageError(ValueError):
 class TrainArguments:
     config: SantoroConfig
     resume: bool = False
-    """Go on from the newest checkpoint of --run-dir, or of the preset's newest run."""
+    """Go on from the newest checkpoint in --run-dir (from the start, if there is none yet), or of
+    the preset's newest run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _expected(error):
             raise
-        print(f"mann-ext: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"mann-ext: {message}", file=sys.stderr)
         return 2
 
 

@@ -74,9 +74,9 @@ def train(config: SantoroConfig, preset: str = "run", *, resume: bool = False) -
         config: the experiment.
         preset: its name, for the folder and the results.
         resume: go on from the newest checkpoint in ``config.run.run_dir``, or in the preset's
-            newest run; from the start, if that was stopped before its first one. On the CPU, and
-            with a limit in minibatches, the result is bit for bit that of a run that was never
-            stopped.
+            newest run; from the start, if that folder has none yet, so that one command starts a
+            run and goes on with it. On the CPU, and with a limit in minibatches, the result is
+            bit for bit that of a run that was never stopped.
 
     Raises:
         ConfigError: the configuration cannot be run.
@@ -101,8 +101,6 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
     with contextlib.ExitStack() as stack:
         saved = None
         if processes.first:
-            if resume and not (run_dir / CONFIG).is_file():
-                raise TrainingError(f"{run_dir} holds no run to resume; expected its {CONFIG}")
             stack.enter_context(_claimed(run_dir))
             saved = checkpoint.latest(run_dir / CHECKPOINTS)
             if (saved or (run_dir / CONFIG).is_file()) and not resume:
@@ -141,7 +139,7 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
                 Reporter(run_dir, run.tensorboard, progress.step, progress.metrics_size)
             )
             size = sum(parameter.numel() for parameter in model.parameters())
-            begun = f"going on from {saved}" if saved else f"in {run_dir}"
+            begun = f"going on from {saved}" if saved else f"from the start, in {run_dir}"
             reporter.say(f"{preset}: {size:,} parameters, {task.data_name}, {device}; {begun}")
         loop = Loop(task, model, optimiser, progress, run_dir, processes, reporter, preset)
         stopped_by = loop.run()
@@ -408,9 +406,9 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
         training_seconds=progress.seconds,
         evaluation_seconds=time.perf_counter() - started,
     )
+    evaluation.print_table(results, config)
     if options.json:
         evaluation.write_results(options.json, results)
-    evaluation.print_table(results, config)
     return results
 
 
@@ -463,7 +461,11 @@ def _finish(
 ) -> Outcome:
     config = task.config
     started = time.perf_counter()
-    accuracy = task.held_out_accuracy(model, config.run.final_episodes)
+    try:
+        accuracy = task.held_out_accuracy(model, config.run.final_episodes)
+    except KeyboardInterrupt:
+        print(f"the training is complete and saved; evaluate it with\n  mann-ext eval {run_dir}")
+        raise
     results = evaluation.results(
         accuracy,
         config,
@@ -474,8 +476,8 @@ def _finish(
         evaluation_seconds=time.perf_counter() - started,
         processes=processes.count,
     )
-    evaluation.write_results(run_dir / RESULTS, results)
     evaluation.print_table(results, config)
+    evaluation.write_results(run_dir / RESULTS, results)
     print(f"results: {run_dir / RESULTS}")
     if config.run.figure:
         from mann_ext import figures

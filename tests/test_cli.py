@@ -151,7 +151,7 @@ def test_every_preset_parses(name: str, capsys: pytest.CaptureFixture[str]) -> N
         (["train", "demo", "--learning-rate", "-1"], "learning_rate: expected at least 0"),
         (["train", "demo", "--max-minutes", "None"], "at least one limit"),
         (["train", "demo", "--device", "abacus"], "device: 'abacus' cannot be used"),
-        (["train", "demo", "--resume", "--run-dir", "nowhere/of/mine"], "no run to resume"),
+        (["train", "demo", "--resume"], "no run of demo in runs to resume"),
         (["eval"], "expected the folder of a run"),
         (["eval", "nowhere"], "no checkpoint in nowhere"),
         (["eval", "nowhere", "--episodes", "x"], "x"),
