@@ -96,7 +96,6 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
     device = _device(run.device)
     if device.type == "cuda" and processes.count > 1:
         device = torch.device("cuda", processes.local_rank)
-    torch.set_num_threads(run.threads or max(1, evaluation.usable_cpus() // processes.local_count))
     run_dir = Path(processes.share(str(run_folder(run, preset, resume))))
     with contextlib.ExitStack() as stack:
         saved = None
@@ -131,6 +130,9 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
             checkpoint.set_random_state(mine["random"], device)
         else:
             torch.manual_seed(run.seed + processes.rank)
+        # A resumed run keeps its number of threads, on which the last bits depend.
+        progress.threads = run.threads or progress.threads or _threads(task, model, processes)
+        torch.set_num_threads(progress.threads)
 
         reporter = None
         if processes.first:
@@ -140,7 +142,8 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
             )
             size = sum(parameter.numel() for parameter in model.parameters())
             begun = f"going on from {saved}" if saved else f"from the start, in {run_dir}"
-            reporter.say(f"{preset}: {size:,} parameters, {task.data_name}, {device}; {begun}")
+            where = f"{device}, {progress.threads} thread{'s' * (progress.threads > 1)}"
+            reporter.say(f"{preset}: {size:,} parameters, {task.data_name}, {where}; {begun}")
         loop = Loop(task, model, optimiser, progress, run_dir, processes, reporter, preset)
         stopped_by = loop.run()
         if stopped_by is not None and reporter:
@@ -166,6 +169,7 @@ class Progress:
     )
     """Since the last log line: losses, gradient norms, right predictions, showings."""
     metrics_size: int = 0
+    threads: int = 0
 
 
 @dataclass
@@ -394,8 +398,9 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
             for part, values in parts.items()
         },
     )
-    torch.set_num_threads(config.run.threads or evaluation.usable_cpus())
     task, model, preset, progress = load_run(path, config)
+    cpus = evaluation.usable_cpus()
+    torch.set_num_threads(config.run.threads or min(progress.threads or cpus, cpus))
     started = time.perf_counter()
     results = evaluation.results(
         task.held_out_accuracy(model, options.episodes),
@@ -449,6 +454,34 @@ def run_folder(run: RunConfig, preset: str, resume: bool) -> Path:
     if not earlier:
         raise TrainingError(f"no run of {preset} in runs to resume; name its folder by --run-dir")
     return earlier[-1]
+
+
+def _threads(task: FewShot, model: nn.Module, processes: Processes) -> int:
+    """The number of CPU threads with which a minibatch is quickest, by trying a few.
+
+    More are not always better: steps this small soon spend their time waiting for each other, above
+    all where other programs use the same CPUs.
+    """
+    most = max(1, evaluation.usable_cpus() // processes.local_count)
+    if task.device.type != "cpu" or processes.count > 1:
+        return most
+    random, episodes = checkpoint.random_state(task.device), task.training_episodes
+    before = episodes.state_dict()
+    best, shortest = 1, math.inf
+    for threads in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
+        torch.set_num_threads(threads)
+        seconds = []
+        for _ in range(4):
+            started = time.perf_counter()
+            task.loss(model, episodes.sample())[0].backward()
+            seconds.append(time.perf_counter() - started)
+            model.zero_grad(set_to_none=True)
+        if min(seconds) > shortest:
+            break
+        best, shortest = threads, min(seconds)
+    episodes.load_state_dict(before)
+    checkpoint.set_random_state(random, task.device)
+    return best
 
 
 def _finish(

@@ -71,7 +71,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     seed: int = 0
     threads: int = 0
-    """CPU threads; 0 uses every CPU this process may use."""
+    """CPU threads; 0 tries a few numbers at the start and takes the quickest."""
     device: str = "cpu"
     dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16"] = "none"
