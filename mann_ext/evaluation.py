@@ -61,6 +61,7 @@ def results(
         "config": to_json(config),
         "seed": config.run.seed,
         "processes": processes,
+        "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "version": __version__,
         "torch": torch.__version__,

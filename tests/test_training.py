@@ -16,6 +16,7 @@ from torch import nn
 
 from mann_ext import checkpoint, training
 from mann_ext.checkpoint import CheckpointError
+from mann_ext.distributed import Processes
 from mann_ext.experiments.config import ConfigError, OptimiserConfig
 from mann_ext.experiments.few_shot import Accuracy, FewShot, count
 from mann_ext.experiments.santoro import EvalOptions, ModelConfig, SantoroConfig
@@ -95,16 +96,24 @@ def test_a_run_stopped_between_log_lines_loses_nothing(finished: Path, tmp_path:
     assert metrics_of(tmp_path / "parts") == metrics_of(whole)
 
 
-def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    config = tiny(tmp_path, minibatches=200, checkpoint_every=1000, log_every=50, eval_every=0)
+def test_training_learns_what_can_be_learned(tmp_path: Path) -> None:
+    # One class an episode: its string has to be guessed once and can be repeated from then on.
+    config = tiny(tmp_path, minibatches=200, log_every=50, eval_every=0, final_episodes=64)
     config = replace(
         config,
         model=ModelConfig(hidden_size=32, num_slots=16, slot_size=12, num_reads=2),
-        episodes=replace(config.episodes, augment=False, ways=2, length=8, batch_size=16),
+        episodes=replace(
+            config.episodes, augment=False, ways=1, length=5, labels="string", batch_size=16
+        ),
+        optimiser=OptimiserConfig(learning_rate=1e-2),
     )
-    train(config, "tiny")
-    losses = [record["loss"] for record in metrics_of(tmp_path)]
-    assert losses[-1] < losses[0]
+    outcome = train(config, "tiny")
+    losses = [record["loss"] for record in metrics_of(tmp_path) if record["kind"] == "train"]
+    guessing = 5 * math.log(5)
+    assert guessing / 5 < losses[-1] < 0.35 * guessing < losses[0]
+    assert outcome.results is not None
+    assert outcome.results["accuracy"]["1"] < 0.1
+    assert outcome.results["accuracy"]["5"] > 0.5
 
 
 def test_results_say_what_was_measured_and_how(finished: Path) -> None:
@@ -207,6 +216,33 @@ def test_a_time_limit_ends_the_run(tmp_path: Path) -> None:
     records = metrics_of(tmp_path)
     rates = [record["learning_rate"] for record in records if record["kind"] == "train"]
     assert rates[-1] < rates[0], "the schedule follows the share of the time that is spent"
+
+
+def test_choosing_the_threads_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.evaluation, "usable_cpus", lambda: 2)
+    threads = torch.get_num_threads()
+    task = FewShot(TINY, torch.device("cpu"))
+    model = task.model()
+    expected = task.training_episodes.sample()
+    task = FewShot(TINY, torch.device("cpu"))
+    random = torch.get_rng_state()
+    try:
+        assert training._threads(task, model, Processes()) in (1, 2)
+        assert training._threads(task, model, Processes(count=2, local_count=2)) == 1
+        assert_same_state(tuple(task.training_episodes.sample()), tuple(expected))
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+        # Resumed, a run goes on with as many as before, even where another number is quicker.
+        monkeypatch.setattr(training, "_threads", lambda *_: 2)
+        train(tiny(tmp_path, threads=0, minibatches=6, final_episodes=0), "tiny")
+        monkeypatch.setattr(training, "_threads", lambda *_: 1)
+        train(tiny(tmp_path, threads=0, minibatches=9, final_episodes=0), "tiny", resume=True)
+        assert state_of(tmp_path)["progress"]["threads"] == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
