@@ -33,17 +33,30 @@ struct Free {
 };
 using Scratch = std::unique_ptr<void, Free>;
 
-// Large scratch asks for huge pages: touching it for the first time is otherwise mostly page
-// faults.
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+// Asks for huge pages under a large array: touching it for the first time is mostly page faults
+// otherwise.
+inline void prefer_huge_pages([[maybe_unused]] void* array, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const int64_t start = (reinterpret_cast<int64_t>(array) + kHugePage - 1) / kHugePage * kHugePage;
+  const int64_t size = reinterpret_cast<int64_t>(array) + bytes - start;
+  if (size >= kHugePage)
+    madvise(reinterpret_cast<void*>(start), static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+}
+
+inline void prefer_huge_pages(const Tensor& tensor) {
+  prefer_huge_pages(tensor.mutable_data_ptr(),
+                    tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+}
+
 inline Scratch allocate(int64_t bytes) {
-  constexpr int64_t kHugePage = int64_t{2} << 20;
   const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
   const int64_t size = (bytes / alignment + 1) * alignment;
   void* p = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size));
   if (p == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  if (alignment == kHugePage) madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(p, size);
   return Scratch(p);
 }
 

@@ -106,6 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
     snapshots = new_tensor(memory, {count, s.batch, s.padded * s.width}, dtype);
     if (snapshot_every > 0) p.snapshots = snapshots.mutable_data_ptr();
   }
+  for (const Tensor& large : {memory_out, weights_out, weight_history, snapshots})
+    prefer_huge_pages(large);
 
   if (s.steps == 0) {
     torch::stable::copy_(memory_out, memory);
@@ -168,6 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
   Tensor grad_contents = contents.has_value()
                              ? new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc)
                              : new_tensor(memory, {0}, acc);
+  for (const Tensor& large : {grad_memory_in, grad_weights_in}) prefer_huge_pages(large);
   p.contents_given = contents.has_value();
   p.reads = reads.const_data_ptr();
   p.memory_out = memory_out.const_data_ptr();

@@ -81,7 +81,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Per-thread room for what lives only within one block.
+// Per-thread room for what lives only within one block; `which` tells several such rooms apart.
+template <int which>
 inline char* thread_scratch(int64_t bytes) {
   thread_local std::vector<char> room;
   if (static_cast<int64_t>(room.size()) < bytes + 64) room.resize(bytes + 64);
@@ -179,10 +180,17 @@ struct Scan {
     }
   }
 
+  // Tiles of one block, for a sequence of a single step, which never comes back to them.
+  template <class T, int which>
+  static T* block_room(const Shape& s) {
+    const int64_t bytes = s.block_tiles * s.width * kTile * static_cast<int64_t>(sizeof(T));
+    return reinterpret_cast<T*>(thread_scratch<which>(bytes));
+  }
+
   // ---------------------------------------------------------------- forward
 
   struct ForwardScratch {
-    S* memory;                 // tiles; of a single block when there is one step, see work_tile
+    S* memory;                 // tiles; a single step has those of the block at work only
     A* initial;                // [R][padded]: read weights given
     A* fresh;                  // [R][padded]: read weights after a reset, one-hot at slot 0
     A* weights[2];             // [R][padded]: where no history is kept
@@ -196,7 +204,7 @@ struct Scan {
       const Shape& s = p.shape;
       Arena arena(base);
       // With every M_t saved the snapshots are the memory.
-      memory = arena.take<S>(saves_all(p) ? 0 : s.tiles * s.width * kTile);
+      memory = arena.take<S>(saves_all(p) || s.steps == 1 ? 0 : s.tiles * s.width * kTile);
       initial = arena.take<A>(s.heads * s.padded);
       fresh = arena.take<A>(p.in.reset == nullptr ? 0 : s.heads * s.padded);
       for (A*& w : weights) w = arena.take<A>(p.weight_history ? 0 : s.heads * s.padded);
@@ -296,8 +304,8 @@ struct Scan {
     const bool snapshots = p.snapshots != nullptr && (t + 1) % p.options.snapshot_every == 0;
     const int64_t tile_size = s.width * kTile;
 
-    Arena room(thread_scratch((2 * s.heads + 1) * kTile * sizeof(A) + kTile * sizeof(Int) +
-                              tile_size * sizeof(S) + 1024));
+    Arena room(thread_scratch<0>((2 * s.heads + 1) * kTile * sizeof(A) + kTile * sizeof(Int) +
+                                 tile_size * sizeof(S) + 1024));
     A* write = room.take<A>(s.heads * kTile);
     A* dots = room.take<A>(s.heads * kTile);
     A* squares = room.take<A>(kTile);
@@ -314,6 +322,7 @@ struct Scan {
       const int64_t tile0 = block * s.block_tiles;
       const int64_t tile1 = std::min(s.tiles, tile0 + s.block_tiles);
       S* memory = saves_all(p) ? snapshot(p, b, t) : scratch.memory;
+      if (s.steps == 1 && !saves_all(p)) memory = block_room<S, 1>(s) - tile0 * tile_size;
       for (int64_t tile = tile0; tile < tile1; ++tile) {
         S* dst = memory + tile * tile_size;
         const S* src = dst;
@@ -502,8 +511,8 @@ struct Scan {
       const Shape& s = p.shape;
       Arena arena(base);
       const int64_t numbers = s.tiles * s.width * kTile;
-      memory = arena.take<A>(p.options.snapshot_every == 1 ? 0 : numbers);
-      grad = arena.take<A>(numbers);
+      memory = arena.take<A>(p.options.snapshot_every == 1 || s.steps == 1 ? 0 : numbers);
+      grad = arena.take<A>(s.steps == 1 ? 0 : numbers);
       weights_grad = arena.take<A>(s.heads * s.padded);
       initial = arena.take<A>(s.heads * s.padded);
       fresh = arena.take<A>(p.in.reset == nullptr ? 0 : s.heads * s.padded);
@@ -608,11 +617,15 @@ struct Scan {
 
   static void backward_pass(const Backward& p, void* base, int64_t b, int64_t t, int64_t block,
                             int64_t end) {
-    const BackwardScratch scratch(p, base);
+    BackwardScratch scratch(p, base);
     const int64_t tile_size = p.shape.width * kTile;
     for (; block < end; ++block) {
       const int64_t tile0 = block * p.shape.block_tiles;
       const int64_t tile1 = std::min(p.shape.tiles, tile0 + p.shape.block_tiles);
+      if (p.shape.steps == 1) {
+        scratch.grad = block_room<A, 1>(p.shape) - tile0 * tile_size;
+        scratch.memory = block_room<A, 2>(p.shape) - tile0 * tile_size;
+      }
       if (t + 1 == p.shape.steps)
         for (int64_t tile = tile0; tile < tile1; ++tile) begin_tile(p, scratch, b, tile);
       if (has_snapshot(p, t))
@@ -638,9 +651,9 @@ struct Scan {
     const A* grads = static_cast<const A*>(p.grad_reads) + at(s, t, b) * s.heads * s.width;
     const int64_t* slots = slots_at(p, b, t);
 
-    Arena room(thread_scratch((2 * s.heads * (block_slots + kTile) + 2 * kTile) * sizeof(A) +
-                              s.heads * kTile * sizeof(A) + kTile * sizeof(Int) +
-                              tile_size * sizeof(S) + 1024));
+    Arena room(thread_scratch<0>((2 * s.heads * (block_slots + kTile) + 2 * kTile) * sizeof(A) +
+                                 s.heads * kTile * sizeof(A) + kTile * sizeof(Int) +
+                                 tile_size * sizeof(S) + 1024));
     A* x = room.take<A>(s.heads * block_slots);      // dL/d(k . m), a block of slots
     A* write = room.take<A>(s.heads * block_slots);  // w_w, a block of slots
     A* x_tile = room.take<A>(s.heads * kTile);

@@ -220,6 +220,38 @@ inline __attribute__((noinline)) void column_sums(const M* tiles, int64_t count,
 
 // ---- between the user's layout [N][W] and tiles [W][kTile] ----
 
+// to[c * to_stride + r] = from[r * from_stride + c] for 4 x 4 numbers, in registers.
+MANN_EXT_INLINE void transpose4(const float* from, int64_t from_stride, float* to,
+                                int64_t to_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef int Index __attribute__((vector_size(16)));
+  Four row[4];
+  for (int r = 0; r < 4; ++r) std::memcpy(&row[r], from + r * from_stride, sizeof(Four));
+  const Four low01 = __builtin_shuffle(row[0], row[1], Index{0, 4, 1, 5});
+  const Four high01 = __builtin_shuffle(row[0], row[1], Index{2, 6, 3, 7});
+  const Four low23 = __builtin_shuffle(row[2], row[3], Index{0, 4, 1, 5});
+  const Four high23 = __builtin_shuffle(row[2], row[3], Index{2, 6, 3, 7});
+  const Four column[4] = {__builtin_shuffle(low01, low23, Index{0, 1, 4, 5}),
+                          __builtin_shuffle(low01, low23, Index{2, 3, 6, 7}),
+                          __builtin_shuffle(high01, high23, Index{0, 1, 4, 5}),
+                          __builtin_shuffle(high01, high23, Index{2, 3, 6, 7})};
+  for (int c = 0; c < 4; ++c) std::memcpy(to + c * to_stride, &column[c], sizeof(Four));
+}
+
+// All of a whole tile's columns but the last width % 4; returns where those begin.
+template <bool ToTile>
+inline int64_t transpose_tile(const float* from, float* to, int64_t slot_stride, int64_t width) {
+  const int64_t end = width / 4 * 4;
+  for (int64_t i = 0; i < kTile; i += 4)
+    for (int64_t j = 0; j < end; j += 4) {
+      if constexpr (ToTile)
+        transpose4(from + i * slot_stride + j, slot_stride, to + j * kTile + i, kTile);
+      else
+        transpose4(from + j * kTile + i, kTile, to + i * slot_stride + j, slot_stride);
+    }
+  return end;
+}
+
 // rows (at most kTile of them, strides in elements) to one tile; slots past `count` are zero.
 template <class D, class S>
 inline void tile_from_rows(D* tile, const S* rows, int64_t slot_stride, int64_t width_stride,
@@ -231,8 +263,12 @@ inline void tile_from_rows(D* tile, const S* rows, int64_t slot_stride, int64_t 
     for (int64_t i = 0; i < width * kTile; ++i) tile[i] = value;
     return;
   }
+  int64_t begin = 0;
+  if constexpr (std::is_same_v<D, float> && std::is_same_v<S, float>)
+    if (count == kTile && width_stride == 1)
+      begin = transpose_tile<true>(rows, tile, slot_stride, width);
   // Eight columns at a time: a cache line of each row is used while it is in L1.
-  for (int64_t j0 = 0; j0 < width; j0 += 8) {
+  for (int64_t j0 = begin; j0 < width; j0 += 8) {
     const int64_t j1 = j0 + 8 < width ? j0 + 8 : width;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = j0; j < j1; ++j) {
@@ -250,7 +286,10 @@ inline void tile_from_rows(D* tile, const S* rows, int64_t slot_stride, int64_t 
 template <class D, class S>
 inline void tile_to_rows(const S* tile, D* rows, int64_t count, int64_t width) {
   using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  for (int64_t j0 = 0; j0 < width; j0 += 8) {
+  int64_t begin = 0;
+  if constexpr (std::is_same_v<D, float> && std::is_same_v<S, float>)
+    if (count == kTile) begin = transpose_tile<false>(tile, rows, width, width);
+  for (int64_t j0 = begin; j0 < width; j0 += 8) {
     const int64_t j1 = j0 + 8 < width ? j0 + 8 : width;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = j0; j < j1; ++j) {
