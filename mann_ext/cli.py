@@ -14,6 +14,7 @@ from typing import Any
 
 from mann_ext.experiments import PRESETS, SantoroConfig, preset
 from mann_ext.experiments.santoro import EvalOptions
+from mann_ext.reporting import silence_output
 
 USAGE = """\
 usage: mann-ext COMMAND ...
@@ -25,7 +26,7 @@ usage: mann-ext COMMAND ...
 mann-ext COMMAND --help says more.
 
 exit codes: 0 done; 1 unexpected error; 2 bad input or a failed read or write, nothing is lost;
-130 Ctrl-C (the run is saved); 143 terminated (the run is saved)
+130 Ctrl-C (the run is saved); 143 terminated (the run is saved); 141 output closed early
 """
 
 
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mann-ext: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        silence_output()
+        return 141
     except Exception as error:
         if not _expected(error):
             raise

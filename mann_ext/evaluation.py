@@ -70,9 +70,13 @@ def results(
     }
 
 
-def write_results(path: Path, values: Mapping[str, Any]) -> None:
-    """Write results as JSON, whole or not at all."""
-    replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
+def publish(values: Mapping[str, Any], config: SantoroConfig, path: Path | None) -> None:
+    """Write results as JSON, whole or not at all, and print the table, whichever of them fails."""
+    try:
+        if path:
+            replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
+    finally:
+        print_table(values, config)
 
 
 def machine(device: torch.device) -> str:
@@ -103,10 +107,11 @@ def _instruction_set() -> str:
 def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
     """Print the accuracies by instance beside the paper's."""
     own = paper_name(config.model)
+    labels = config.episodes.labels.replace("_", "-")
     title = (
         f"Accuracy (%) by instance, {values['episodes']:,} episodes of held-out classes, "
         f"{own} after {values['minibatches']:,} minibatches\n"
-        f"{config.episodes.ways} classes an episode, {config.episodes.labels} labels, "
+        f"{config.episodes.ways} classes an episode, {labels} labels, "
         f"{values['data']}"
     )
     paper = {name: row for name, row in values["paper"].items() if name == own}

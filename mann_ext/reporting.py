@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -53,7 +54,8 @@ class Reporter:
         if self._bar:
             self._bar.stop()
         if self._tensorboard:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
         os.close(self._file)
 
     def say(self, text: str) -> None:
@@ -61,7 +63,7 @@ class Reporter:
         if self._bar:
             self._bar.say(text)
         else:
-            print(text, flush=True)
+            _print(text)
 
     def training(self, record: Mapping[str, Any], fraction: float, seconds_left: float) -> None:
         """Report the metrics of the last minibatches."""
@@ -75,7 +77,7 @@ class Reporter:
             self._bar.update(fraction, line, speed)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
-            print(f"{100 * fraction:3.0f} %  {line}  {speed}", flush=True)
+            _print(f"{100 * fraction:3.0f} %  {line}  {speed}")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Report the accuracy on held-out classes."""
@@ -98,8 +100,12 @@ class Reporter:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         if self._tensorboard:
             kind = record["kind"]
-            for name, value in _scalars(record):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])
+            try:
+                for name, value in _scalars(record):
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])
+            except OSError as error:  # a convenience, not worth a run
+                self._tensorboard = None
+                self.say(f"no more TensorBoard logs: {error}")
 
 
 class _Bar:
@@ -154,6 +160,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line cut short by a kill is left out."""
     lines = (run_dir / METRICS).read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def silence_output() -> None:
+    """Send what is printed from now on nowhere, because whoever read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the run goes on, for its files
+        silence_output()
 
 
 def _scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -411,9 +411,7 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
         training_seconds=progress.seconds,
         evaluation_seconds=time.perf_counter() - started,
     )
-    evaluation.print_table(results, config)
-    if options.json:
-        evaluation.write_results(options.json, results)
+    evaluation.publish(results, config, options.json)
     return results
 
 
@@ -509,8 +507,7 @@ def _finish(
         evaluation_seconds=time.perf_counter() - started,
         processes=processes.count,
     )
-    evaluation.print_table(results, config)
-    evaluation.write_results(run_dir / RESULTS, results)
+    evaluation.publish(results, config, run_dir / RESULTS)
     print(f"results: {run_dir / RESULTS}")
     if config.run.figure:
         from mann_ext import figures

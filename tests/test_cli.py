@@ -110,6 +110,37 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
     assert run(*more) == 0
 
 
+def _main_nobody_reads(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    sys.exit(cli.main(words))
+
+
+def test_a_run_whose_output_is_closed_goes_on(tmp_path: Path) -> None:
+    help_only = start(_main_nobody_reads, ["train", "demo", "--help"])
+    words = ["train", "demo", *SMALL, "--minibatches", "8", "--no-figure"]
+    process = start(_main_nobody_reads, [*words, "--run-dir", str(tmp_path)])
+    process.join(60)
+    assert process.exitcode == 0
+    assert (tmp_path / "results.json").is_file()
+    help_only.join(60)
+    assert help_only.exitcode == 141
+
+
+def test_results_are_shown_even_where_they_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "demo", *SMALL, "--minibatches", 4, "--no-figure"]
+    assert run(*train, "--final-episodes", 0, "--run-dir", tmp_path / "run") == 0
+    capsys.readouterr()
+    file = tmp_path / "not" / "there.json"
+    assert run("eval", tmp_path / "run", "--episodes", 8, "--json", file) == 2
+    captured = capsys.readouterr()
+    assert "this run" in captured.out
+    assert "No such file" in captured.err
+
+
 HELP = """
 import sys
 from mann_ext import cli
