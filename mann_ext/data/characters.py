@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["TRAINING_CLASSES", "Characters", "DataError", "load_characters"]
+__all__ = ["SIDE", "TRAINING_CLASSES", "Characters", "DataError", "load_characters"]
 
+SIDE = 105
 TRAINING_CLASSES = 1200
 SPLIT_SEED = 2016
 
@@ -23,11 +24,22 @@ class Characters:
     """Drawings of characters: images (classes, drawings, 105, 105) uint8, 1 = ink.
 
     ``names`` has one name a class; ``source`` says what they are, for logs.
+
+    Raises:
+        ValueError: the images have another shape, or there is not one name a class.
     """
 
     images: Tensor
     names: tuple[str, ...]
     source: str
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if len(shape) != 4 or shape[2:] != (SIDE, SIDE) or shape[0] != len(self.names):
+            raise ValueError(
+                f"Characters: expected images of shape ({len(self.names)}, drawings, {SIDE}, "
+                f"{SIDE}), one class a name, got {shape}"
+            )
 
     def subset(self, classes: Tensor) -> Characters:
         """Only these classes (indices)."""
@@ -38,15 +50,20 @@ class Characters:
         """Training and test classes, disjoint.
 
         1,200 of Omniglot's 1,623 classes are for training, as in Santoro et al. (2016), whose own
-        choice was not published: this one is a fixed permutation (``SPLIT_SEED``) of the classes in
-        their order in the data set. Smaller sets keep the proportion.
+        choice was not published: this one takes the classes, in their order in the data set, by
+        ``torch.randperm`` with the seed 2016 (``SPLIT_SEED``). Smaller sets keep the proportion.
         """
-        generator = torch.Generator().manual_seed(SPLIT_SEED)
-        order = torch.randperm(len(self.names), generator=generator)
-        count = TRAINING_CLASSES
-        if len(self.names) <= count:
-            count = len(self.names) * TRAINING_CLASSES // 1623
-        return self.subset(order[:count]), self.subset(order[count:])
+        training, test = split_classes(len(self.names))
+        return self.subset(training), self.subset(test)
+
+
+def split_classes(classes: int) -> tuple[Tensor, Tensor]:
+    """Indices of the classes for training and for testing (see `Characters.split`)."""
+    order = torch.randperm(classes, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    count = TRAINING_CLASSES
+    if classes <= count:
+        count = classes * TRAINING_CLASSES // 1623
+    return order[:count], order[count:]
 
 
 def load_characters(root: Path | str | None = None, *, allow_synthetic: bool = True) -> Characters:

@@ -10,22 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mann_ext.data.characters import Characters
+from mann_ext.data.characters import SIDE, Characters
 
 __all__ = ["IMAGE_SIZE", "EpisodeSampler", "Episodes"]
 
 IMAGE_SIZE = 20
-SIDE = 105
 ANGLES = 128  # rotations are drawn from this many evenly spaced ones
 MAX_ANGLE = math.pi / 16
 MAX_SHIFT = 10  # pixels of the original
 LETTERS = 5
 
-# The bank holds every second pixel of the box-filtered drawings, with a margin for what a rotated
-# and shifted window can reach: (52.5 (cos + sin) + MAX_SHIFT) pixels from the centre.
-_MARGIN = 23
-_BANK_SIDE = (SIDE + 2 * _MARGIN) // 2 + 1
-_BOX = 5  # about one pixel of the result, 105 / 20
+# The bank holds every second pixel of a drawing that was averaged over a box of about one pixel of
+# the result (105 / 20). Averaging spreads the ink by 2 pixels: 54 entries a row, the first for
+# pixel -1. A turned and shifted window reaches 8 entries further on each side, so 8 empty entries
+# come before each row and 8 empty rows before each drawing; what is read past the end of a row or
+# a drawing are those of the next one.
+_BOX = 5
+_INK = 54
+_MARGIN = 8
+_BANK_SIDE = _INK + _MARGIN
+_CENTRE = _MARGIN + _INK // 2  # the entry of pixel 53; the middle of a drawing is pixel 52
 
 
 class Episodes(NamedTuple):
@@ -33,7 +37,7 @@ class Episodes(NamedTuple):
 
     inputs (T, B, I) float32: [x_t, y_{t-1}], 400 pixels (ink = 1) and the label before (zeros at
     t = 0); targets (T, B) int64, or (T, B, 5) letters; instances (T, B) int64, 1 for the first time
-    a class is shown; classes (T, B) int64, indices into the sampler's characters.
+    a class is shown; classes (T, B) int64, which of the sampler's classes it is.
     """
 
     inputs: Tensor
@@ -47,31 +51,44 @@ class EpisodeSampler:
 
     Every episode draws N classes, a quarter turn for each class, and labels anew. Each step shows
     one of the N classes at random (so not all equally often), by a drawing it has not shown while
-    there are any left, turned by U(-pi/16, pi/16) and shifted by whole pixels U{-10..10} of the
-    105-pixel original, at 20 x 20 pixels.
+    there are any left, shifted by whole pixels U{-10..10} of the 105-pixel original in each
+    direction, turned about the middle by U(-pi/16, pi/16), and shrunk to 20 x 20 pixels.
 
     For speed an image is not resampled from the original: each of its 400 pixels is the nearest
-    entry of a bank of drawings that were averaged over 5 x 5 pixels and kept at every second pixel,
-    so a pixel may sit up to 0.2 of its width off, and angles come in 128 steps. A batch is then two
-    gathers.
+    entry of a bank of drawings that were averaged over 5 x 5 pixels and kept at every second pixel.
+    So a pixel sits up to 0.2 of its width off, in either direction, and angles come in 128 steps.
+    Against an exact average over each pixel of the turned original (Omniglot, 1,500 images) the
+    mean absolute error is 0.014 and the PSNR 27.7 dB, without bias; moving the exact image by one
+    pixel of the original's 105 makes as much (0.015, 26.8 dB). A batch of 16 x 50 images takes
+    0.8 ms on one thread, ``grid_sample`` on drawings of half the size 5.5 ms. The bank takes 3,844
+    bytes a drawing.
 
     Args:
-        characters: what to draw from.
+        characters: what to draw from; or any images (M, S, S), numbers from 0 (paper) to their
+            largest (ink), with their classes (M,), integers. Those are brought to 105 x 105 pixels,
+            and classes may have different numbers of images.
         ways: N, classes an episode.
         length: T; None: 10 N.
         batch_size: B.
         labels: "one_hot", or "string": five letters a-e, given as 25 numbers.
-        augment: rotate by small angles and shift; quarter turns are always drawn.
+        augment: shift, and turn by small angles; quarter turns are always drawn.
         seed: of the random numbers.
         device: where the bank is kept and batches are made.
 
     Raises:
         ValueError: an argument is out of range, or there are fewer classes than ways.
+
+    Example:
+        >>> from mann_ext.data import EpisodeSampler, synthetic_characters
+        >>> sampler = EpisodeSampler(synthetic_characters(10), ways=5)
+        >>> inputs, targets, instances, classes = sampler.sample()
+        >>> inputs.shape, targets.shape
+        (torch.Size([50, 16, 405]), torch.Size([50, 16]))
     """
 
     def __init__(
         self,
-        characters: Characters,
+        characters: Characters | tuple[Tensor, Tensor],
         ways: int = 5,
         length: int | None = None,
         batch_size: int = 16,
@@ -88,16 +105,22 @@ class EpisodeSampler:
             raise ValueError(
                 f"EpisodeSampler: expected labels 'one_hot' or 'string', got {labels!r}"
             )
-        if len(characters.names) < ways:
+        if labels == "string" and ways > LETTERS**LETTERS:
+            raise ValueError(f"EpisodeSampler: {ways} ways, but only {LETTERS**LETTERS} strings")
+        images, class_of = _images_and_classes(characters)
+        numbers, counts = class_of.unique(return_counts=True)  # sorted
+        if len(numbers) < ways:
             raise ValueError(
-                f"EpisodeSampler: {ways}-way episodes need as many classes, got "
-                f"{len(characters.names)}"
+                f"EpisodeSampler: {ways}-way episodes need as many classes, got {len(numbers)}"
             )
         self.ways, self.length, self.batch_size = ways, length, batch_size
         self.labels, self.augment = labels, augment
         self.device = torch.device(device)
-        self.num_classes, self.drawings = characters.images.shape[:2]
-        self._bank = _bank(characters.images).to(self.device)
+        self._numbers, self._counts = numbers.to(self.device), counts.to(self.device)
+        self._starts = self._counts.cumsum(0) - self._counts
+        self._most, fewest = int(counts.max()), int(counts.min())
+        self._equal = self._most == fewest
+        self._bank = _bank(images, class_of).to(self.device)
         self._patterns = _patterns(augment).to(self.device)
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -116,17 +139,29 @@ class EpisodeSampler:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on, bit for bit, where the sampler that gave ``state`` was."""
-        self._generator.set_state(state["generator"].cpu().to(torch.uint8))
+        """Go on, bit for bit, where the sampler that gave ``state`` was.
+
+        Raises:
+            ValueError: ``state`` is not from a sampler on the same kind of device; this sampler
+                is as it was.
+        """
+        generator = state.get("generator")
+        try:
+            if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
+                raise ValueError("it has no state of random numbers")
+            self._generator.set_state(generator.cpu())
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                "EpisodeSampler: expected the state_dict() of a sampler on a "
+                f"{self.device.type} device; this one cannot be used ({error})"
+            ) from error
 
     def __iter__(self) -> Iterator[Episodes]:
         while True:
             yield self.sample()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_generator"] = self._generator.get_state()
-        return state
+        return {**self.__dict__, "_generator": self._generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator(state["device"])
@@ -136,19 +171,22 @@ class EpisodeSampler:
     def sample(self) -> Episodes:
         """The next batch."""
         batch, steps, ways = self.batch_size, self.length, self.ways
-        chosen = self._uniform(batch, self.num_classes).topk(ways).indices
+        chosen = self._uniform(batch, len(self._numbers)).topk(ways).indices
         turns = self._integers(4, batch, ways)
         shown = self._integers(ways, steps, batch)  # which of the episode's classes
         one_hot = F.one_hot(shown, ways)
-        counts = one_hot.cumsum(0).gather(2, shown.unsqueeze(-1)).squeeze(-1)
-        orders = self._uniform(batch, ways, self.drawings).argsort(-1)
+        instances = one_hot.cumsum(0).gather(2, shown.unsqueeze(-1)).squeeze(-1)
+        orders = self._orders(chosen)
         row = torch.arange(batch, device=self.device)
-        drawing = orders[row, shown, (counts - 1) % self.drawings]
         classes = chosen[row, shown]
-        images = self._images(classes * self.drawings + drawing, turns[row, shown])
+        place = (instances - 1) % self._counts[classes]
+        index = self._starts[classes] + orders[row, shown, place]
+        inputs = torch.empty(steps, batch, self.input_size, device=self.device)
+        self._draw(inputs[..., : IMAGE_SIZE**2], index, turns[row, shown])
         targets, labels = self._labels(shown, one_hot)
-        before = torch.cat([labels.new_zeros(1, batch, labels.shape[-1]), labels[:-1]])
-        return Episodes(torch.cat([images, before], -1), targets, counts, classes)
+        inputs[0, :, IMAGE_SIZE**2 :] = 0
+        inputs[1:, :, IMAGE_SIZE**2 :] = labels[:-1]
+        return Episodes(inputs, targets, instances, self._numbers[classes])
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self._generator, device=self.device)
@@ -156,8 +194,18 @@ class EpisodeSampler:
     def _integers(self, end: int, *shape: int) -> Tensor:
         return torch.randint(end, shape, generator=self._generator, device=self.device)
 
-    def _images(self, index: Tensor, turns: Tensor) -> Tensor:
-        """Drawings ``index`` (T, B), each with its quarter turns -> (T, B, 400)."""
+    def _orders(self, chosen: Tensor) -> Tensor:
+        """A random order of the drawings of each class (B, N), (B, N, those that may be needed)."""
+        ranks = self._uniform(*chosen.shape, self._most)
+        if not self._equal:  # drawings that a class has not got come last
+            missing = torch.arange(self._most, device=self.device) >= self._counts[chosen, None]
+            ranks.masked_fill_(missing, 2)
+        if self._most > self.length:
+            return ranks.topk(self.length, largest=False).indices
+        return ranks.argsort(-1)
+
+    def _draw(self, images: Tensor, index: Tensor, turns: Tensor) -> None:
+        """Write drawings ``index`` (T, B), each with its quarter turns, to ``images``."""
         shape = tuple(index.shape)
         if self.augment:
             angle = self._integers(ANGLES, *shape)
@@ -165,26 +213,30 @@ class EpisodeSampler:
         else:
             angle = torch.zeros_like(index)
             shift = index.new_zeros(2, *shape)
-        half = shift >> 1  # whole bank pixels; what is left picks the pattern
+        half = shift >> 1  # whole bank entries; what is left picks the pattern
         odd = shift & 1
         angles = ANGLES if self.augment else 1
         pattern = ((turns * angles + angle) * 2 + odd[0]) * 2 + odd[1]
-        centre = _BANK_SIDE // 2
-        base = index * _BANK_SIDE**2 + (centre + half[0]) * _BANK_SIDE + centre + half[1]
+        # Copying the drawings out first reads memory in runs: twice as fast as picking single
+        # pixels from the whole bank. One more (any) for the last one's margin.
+        index = F.pad(index.flatten(), (0, 1))
+        drawings = self._bank.index_select(0, index).flatten()
+        start = torch.arange(0, drawings.numel() - _BANK_SIDE**2, _BANK_SIDE**2, device=self.device)
+        start += ((half[0] + _CENTRE) * _BANK_SIDE + half[1] + _CENTRE).flatten()
         where = self._patterns.index_select(0, pattern.flatten())
-        where += base.reshape(-1, 1)
-        pixels = self._bank.index_select(0, where.flatten())
-        return (pixels * (1 / 255)).view(*shape, IMAGE_SIZE**2)
+        where += start.to(where.dtype).unsqueeze(-1)
+        pixels = drawings.index_select(0, where.flatten())
+        torch.mul(pixels.view(*shape, -1), 1 / 255, out=images)
 
     def _labels(self, shown: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
         """Targets, and the labels as inputs (T, B, label_size). Labels are new in every episode:
         ``shown`` numbers randomly chosen classes in random order, so it serves as the label."""
         if self.labels == "one_hot":
-            return shown, one_hot.float()
+            return shown, one_hot
         strings = self._strings()
         row = torch.arange(self.batch_size, device=self.device)
         letters = strings[row, shown]
-        return letters, F.one_hot(letters, LETTERS).flatten(2).float()
+        return letters, F.one_hot(letters, LETTERS).flatten(2)
 
     def _strings(self) -> Tensor:
         """Different strings for the classes of each episode, (B, N, 5) letters."""
@@ -193,23 +245,56 @@ class EpisodeSampler:
         return codes.unsqueeze(-1) // powers % LETTERS
 
 
-def _bank(images: Tensor) -> Tensor:
-    """Drawings averaged over a box, at every second pixel, with a margin: one flat uint8 tensor."""
-    flat = images.flatten(0, 1)
-    bank = torch.empty(flat.shape[0], _BANK_SIDE, _BANK_SIDE, dtype=torch.uint8)
-    margin = (_MARGIN, _MARGIN + 1, _MARGIN, _MARGIN + 1)
-    for start in range(0, flat.shape[0], 1000):
-        part = F.pad(flat[start : start + 1000].float(), margin).unsqueeze(1)
-        part = F.avg_pool2d(part, _BOX, 2, _BOX // 2)[:, 0]  # every second pixel
-        bank[start : start + 1000] = (part * 255).round().to(torch.uint8)
-    return bank.flatten()
+def _images_and_classes(characters: Characters | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Images (M, S, S) and the class of each (M,), checked."""
+    if isinstance(characters, Characters):
+        classes, drawings = characters.images.shape[:2]
+        return characters.images.flatten(0, 1), torch.arange(classes).repeat_interleave(drawings)
+    images, class_of = (x.detach().cpu() for x in characters)
+    if images.dim() != 3 or images.shape[1] != images.shape[2] or images.numel() == 0:
+        raise ValueError(
+            f"EpisodeSampler: expected images of shape (M, S, S), got {tuple(images.shape)}; "
+            "average the channels of colour images, crop others to squares"
+        )
+    if class_of.shape != images.shape[:1]:
+        raise ValueError(
+            f"EpisodeSampler: expected classes of shape ({len(images)},), one an image, got "
+            f"{tuple(class_of.shape)}"
+        )
+    if class_of.is_floating_point() or class_of.is_complex() or class_of.dtype == torch.bool:
+        raise ValueError(f"EpisodeSampler: expected integer classes, got {class_of.dtype}")
+    if images.is_complex():
+        raise ValueError(f"EpisodeSampler: expected real images, got {images.dtype}")
+    low, high = (float(x) for x in images.aminmax())
+    if not 0 <= low <= high < math.inf:  # NaN fails too
+        raise ValueError(
+            f"EpisodeSampler: expected images with finite values from 0, got {low} to {high}"
+        )
+    return images, class_of.long()
+
+
+def _bank(images: Tensor, class_of: Tensor) -> Tensor:
+    """Drawings, averaged over a box, at every second pixel: (M, _BANK_SIDE**2) uint8, by class."""
+    order = class_of.argsort(stable=True)
+    scale = 255 / max(float(images.max()), torch.finfo(torch.float32).tiny)
+    before = 2 * _MARGIN + 1
+    bank = torch.empty(len(images), _BANK_SIDE**2, dtype=torch.uint8)
+    for rows, out in zip(order.split(1000), bank.split(1000), strict=True):  # small temporaries
+        part = images[rows].float().unsqueeze(1)
+        if images.shape[-1] != SIDE:
+            part = F.interpolate(part, (SIDE, SIDE), mode="bilinear", antialias=True)
+        part = F.pad(part, (before, 1, before, 1))
+        part = F.avg_pool2d(part, _BOX, 2, _BOX // 2)
+        out.copy_((part * scale).round_().flatten(1))
+    return bank
 
 
 def _patterns(augment: bool) -> Tensor:
-    """Offsets into the bank of the 400 pixels, for each quarter turn, angle and odd shift.
+    """Offsets from the bank's centre entry to the 400 pixels, for each quarter turn, angle and odd
+    shift: (rows, 400) int32.
 
-    A whole number of bank pixels of shift is left to the caller. Row ((turn * angles + angle) * 2 +
-    odd y) * 2 + odd x.
+    A whole number of bank entries of shift is left to the caller. Row ((turn * angles + angle) * 2
+    + odd y) * 2 + odd x.
     """
     line = (torch.arange(IMAGE_SIZE) - (IMAGE_SIZE - 1) / 2) * (SIDE / IMAGE_SIZE)
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -219,8 +304,7 @@ def _patterns(augment: bool) -> Tensor:
     angle = (torch.arange(4).unsqueeze(-1) * (math.pi / 2) + angle).flatten().view(-1, 1, 1, 1, 1)
     odd_y = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     odd_x = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
-    # The bank's centre entry is pixel 2 * (_BANK_SIDE // 2) - _MARGIN of the original.
-    middle = (SIDE - 1) / 2 - (2 * (_BANK_SIDE // 2) - _MARGIN)
+    middle = -1  # the centre entry is a pixel past the middle
     from_y = (y * angle.cos() + x * angle.sin() + odd_y + middle) / 2
     from_x = (x * angle.cos() - y * angle.sin() + odd_x + middle) / 2
-    return (from_y.round() * _BANK_SIDE + from_x.round()).flatten(-2).flatten(0, 2).long()
+    return (from_y.round() * _BANK_SIDE + from_x.round()).flatten(-2).flatten(0, 2).int()

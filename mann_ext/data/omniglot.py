@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-import urllib.error
-import urllib.request
+import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from mann_ext.data.characters import Characters, DataError
+from mann_ext.data.characters import SIDE, Characters, DataError, split_classes
+from mann_ext.data.download import NetworkError, download
 
 __all__ = ["MissingDataError", "Omniglot", "santoro_test_classes"]
 
-SIDE = 105
 CLASSES = 1623
 DRAWINGS = 20
 PACKED = "omniglot.npz"
@@ -28,6 +26,9 @@ ARCHIVES = {
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
 ADDRESS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
+
+# images_background/Alphabet_of_the_Magi/character01/0709_01.png: class 709, drawing 1.
+_IMAGE = re.compile(r"images_(?:background|evaluation)/([^/]+/[^/]+)/(\d{4})_(\d\d)\.png")
 
 
 class MissingDataError(DataError):
@@ -49,20 +50,24 @@ def cache_folder() -> Path:
 
 
 def Omniglot(root: Path | str | None = None, *, download: bool = True) -> Characters:
-    """All 1,623 classes, in the order of their folders (background, then evaluation).
+    """All 1,623 classes, in the order of the numbers in the names of their files.
 
     Understood, in each folder of the search path: the packed ``omniglot.npz``; torchvision's layout
     (``omniglot-py/images_background/ALPHABET/CHARACTER/*.png``, with or without the outer folder);
-    the two public zip archives. Else the archives are downloaded into the cache folder (or
-    ``root``), going on where an earlier download broke off, and checked by their MD5.
+    the two public zip archives. All give the same images in the same order, so the same split. Else
+    the archives are downloaded into the cache folder (or ``root``), going on where an earlier
+    download broke off, and checked by their MD5.
 
     Args:
         root: folder to look in; None: MANN_EXT_DATA, then the user's cache folder.
         download: whether to download what is not there.
 
+    Returns:
+        images (1623, 20, 105, 105) uint8, 1 = ink; names "ALPHABET/CHARACTER".
+
     Raises:
         MissingDataError: not found, and no download.
-        DataError: found, but damaged or not writable; nothing is left half-written.
+        DataError: found, but damaged, incomplete or not writable; nothing is left half-written.
     """
     places = search_path(root)
     for place in places:
@@ -71,17 +76,24 @@ def Omniglot(root: Path | str | None = None, *, download: bool = True) -> Charac
             return found
     if not download:
         raise MissingDataError(_not_found(places, "downloading was not asked for"))
-    target = places[-1]
-    for name, md5 in ARCHIVES.items():
-        _download(ADDRESS + name + ".zip", target / f"{name}.zip", md5, places)
-    found = _load_from(target)
+    _download_to(places)
+    found = _load_from(places[-1])
     assert found is not None
     return found
 
 
 def santoro_test_classes(root: Path | str | None = None) -> tuple[str, ...]:
-    """Names of the 423 held-out classes of the fixed split."""
-    return Omniglot(root).split()[1].names
+    """Names of the 423 held-out classes of the fixed split (see `Characters.split`)."""
+    names = Omniglot(root).names
+    return tuple(names[i] for i in split_classes(len(names))[1].tolist())
+
+
+def _download_to(places: list[Path]) -> None:
+    try:
+        for name, md5 in ARCHIVES.items():
+            download(f"{ADDRESS}{name}.zip", places[-1] / f"{name}.zip", md5)
+    except NetworkError as error:
+        raise MissingDataError(_not_found(places, str(error))) from error
 
 
 def _not_found(places: Iterable[Path], why: str) -> str:
@@ -96,130 +108,102 @@ def _not_found(places: Iterable[Path], why: str) -> str:
 def _load_from(place: Path) -> Characters | None:
     if (place / PACKED).is_file():
         return _load_packed(place / PACKED)
-    for base in (place / "omniglot-py", place):
-        folders = [base / name for name in ARCHIVES]
-        if all(folder.is_dir() for folder in folders):
-            files = {
-                str(path.relative_to(base)): path for f in folders for path in f.rglob("*.png")
-            }
-            return _from_images(base, {name: path.read_bytes for name, path in files.items()})
-    archives = [place / f"{name}.zip" for name in ARCHIVES]
-    if all(archive.is_file() for archive in archives):
-        return _load_archives(place, archives)
+    bases = (place / "omniglot-py", place)
+    for base in bases:
+        if all((base / name).is_dir() for name in ARCHIVES):
+            return _decode(base, _read_folders(base))
+    for base in bases:
+        if all((base / f"{name}.zip").is_file() for name in ARCHIVES):
+            return _decode(base, _read_archives(base))
     return None
 
 
 def _load_packed(path: Path) -> Characters:
     try:
         with np.load(path) as file:
-            bits, labels = file["images_packed"], file["label"]
-            names = file["class_names"]
-        if bits.shape != (CLASSES * DRAWINGS, (SIDE * SIDE + 7) // 8) or len(names) != CLASSES:
+            bits, labels, names = (file[k] for k in ("images_packed", "label", "class_names"))
+        if bits.shape != (CLASSES * DRAWINGS, (SIDE * SIDE + 7) // 8) or names.shape != (CLASSES,):
             raise ValueError(f"unexpected shapes {bits.shape} and {names.shape}")
         order = np.argsort(labels, kind="stable")
+        if not np.array_equal(labels[order], np.repeat(np.arange(CLASSES), DRAWINGS)):
+            raise ValueError("its labels are not 20 of each class")
         images = np.empty((CLASSES * DRAWINGS, SIDE * SIDE), np.uint8)
         for start in range(0, len(order), 2000):  # bounded temporaries
             rows = order[start : start + 2000]
             images[start : start + 2000] = np.unpackbits(bits[rows], axis=1, count=SIDE * SIDE)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is damaged or not Omniglot's packed file ({error}); delete it and try again"
-        ) from error
+    except Exception as error:  # damage shows as anything from zlib.error to SyntaxError
+        raise _damaged(path, error) from error
     shaped = torch.from_numpy(images).view(CLASSES, DRAWINGS, SIDE, SIDE)
     return Characters(shaped, tuple(map(str, names)), "Omniglot")
 
 
-def _load_archives(place: Path, archives: list[Path]) -> Characters:
-    readers = {}
-    for path in archives:
+def _read_folders(base: Path) -> dict[str, bytes]:
+    """PNG files by their path below ``base``."""
+    files = {}
+    for name in ARCHIVES:
+        for path in (base / name).rglob("*.png"):
+            try:
+                files[path.relative_to(base).as_posix()] = path.read_bytes()
+            except OSError as error:
+                raise _damaged(path, error) from error
+    return files
+
+
+def _read_archives(base: Path) -> dict[str, bytes]:
+    """PNG files in the archives by their path."""
+    files = {}
+    for name in ARCHIVES:
+        path = base / f"{name}.zip"
         try:
             with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if name.endswith(".png"):
-                        readers[name] = _constant(archive.read(name))
-        except (OSError, zipfile.BadZipFile, EOFError) as error:
-            raise DataError(f"{path} is damaged ({error}); delete it and try again") from error
-    return _from_images(place, readers)
+                pngs = (n for n in archive.namelist() if n.endswith(".png"))
+                files.update({n: archive.read(n) for n in pngs})
+        except Exception as error:  # as above
+            raise _damaged(path, error) from error
+    return files
 
 
-def _constant(data: bytes) -> Callable[[], bytes]:
-    return lambda: data
+def _damaged(path: Path, error: Exception) -> DataError:
+    if isinstance(error, OSError) and error.errno:  # the system's, not the format's
+        return DataError(f"{path} cannot be read ({error.strerror}); check its permissions")
+    return DataError(f"{path} is damaged or not Omniglot's ({error}); delete it and get it again")
 
 
-def _from_images(place: Path, readers: dict[str, Callable[[], bytes]]) -> Characters:
+def _decode(base: Path, files: dict[str, bytes]) -> Characters:
+    """Omniglot from its PNG files by path, which must be complete."""
+    # Folders in alphabetical order would be another order of classes, and so another split.
+    found = {}
+    for name in files:
+        if match := _IMAGE.fullmatch(name):  # not what archivers add, like __MACOSX/._0709_01.png
+            found[int(match[2]), int(match[3])] = (match[1], name)
+    wanted = [(i, j) for i in range(1, CLASSES + 1) for j in range(1, DRAWINGS + 1)]
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise DataError(
+            f"{base}: Omniglot is incomplete, {len(missing):,} of {len(wanted):,} drawings are "
+            f"missing, such as {missing[0][0]:04}_{missing[0][1]:02}.png; extract or get it again"
+        )
+    images = np.empty((CLASSES * DRAWINGS, SIDE, SIDE), np.uint8)
+    for row, key in enumerate(wanted):
+        name = found[key][1]
+        images[row] = _pixels(base / name, files[name])
+    shaped = torch.from_numpy(images).view(CLASSES, DRAWINGS, SIDE, SIDE)
+    return Characters(shaped, tuple(found[i, 1][0] for i in range(1, CLASSES + 1)), "Omniglot")
+
+
+def _pixels(path: Path, data: bytes) -> NDArray[np.bool_]:
+    """The image in a PNG file, True = ink."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise DataError(
             "reading Omniglot's PNG files needs Pillow: pip install 'mann_ext[data]'"
         ) from error
-    classes: dict[str, list[str]] = {}
-    for name in sorted(readers):
-        classes.setdefault(str(Path(name).parent), []).append(name)
-    images = torch.empty(len(classes), DRAWINGS, SIDE, SIDE, dtype=torch.uint8)
-    for i, (folder, names) in enumerate(classes.items()):
-        if len(names) != DRAWINGS:
-            raise DataError(
-                f"{place / folder}: expected {DRAWINGS} drawings, found {len(names)}; "
-                "delete the folder and get it again"
-            )
-        for j, name in enumerate(names):
-            try:
-                with Image.open(io.BytesIO(readers[name]())) as image:
-                    pixels = np.asarray(image.convert("L"))
-            except (OSError, UnidentifiedImageError) as error:
-                raise DataError(f"{place / name} is not a readable image ({error})") from error
-            if pixels.shape != (SIDE, SIDE):
-                raise DataError(f"{place / name}: expected 105 x 105 pixels, got {pixels.shape}")
-            images[i, j] = torch.from_numpy(pixels < 128)
-    if not classes:
-        raise DataError(f"{place} holds no PNG files; delete its Omniglot folders and try again")
-    # Two levels name a class: alphabet/character.
-    return Characters(images, tuple("/".join(Path(n).parts[-2:]) for n in classes), "Omniglot")
-
-
-def _download(url: str, target: Path, md5: str, places: list[Path]) -> None:
-    """Download to a partial file, going on where it broke off; rename it once its MD5 is right."""
-    if target.is_file():
-        return
-    partial = target.with_name(target.name + ".part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        start = partial.stat().st_size if partial.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            append = response.status == 206
-            length = response.headers.get("Content-Length")
-            with partial.open("ab" if append else "wb") as file:
-                _copy(response, file, int(length) if length else None, target.name)
-                file.flush()
-                os.fsync(file.fileno())
-    except urllib.error.URLError as error:
-        raise MissingDataError(
-            _not_found(places, f"downloading {url} failed ({error.reason})")
-        ) from error
-    except TimeoutError as error:
-        raise MissingDataError(_not_found(places, f"downloading {url} timed out")) from error
-    except OSError as error:
-        raise DataError(
-            f"could not write {partial} ({error.strerror or error}); free some space or choose "
-            "another folder with MANN_EXT_DATA"
-        ) from error
-    digest = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
-    if digest != md5:
-        partial.unlink()
-        raise DataError(f"{url}: expected MD5 {md5}, got {digest}; try again later")
-    partial.replace(target)
-
-
-def _copy(response: Any, file: BinaryIO, length: int | None, name: str) -> None:
-    try:
-        from rich.progress import wrap_file
-    except ImportError:
-        source = response
-        while chunk := source.read(1 << 20):
-            file.write(chunk)
-        return
-    with wrap_file(response, total=length or 0, description=name) as source:
-        while chunk := source.read(1 << 20):
-            file.write(chunk)
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("L"))
+    except Exception as error:  # Pillow raises SyntaxError, struct.error and others
+        raise DataError(f"{path} is not a readable image ({error}); get it again") from error
+    if pixels.shape != (SIDE, SIDE):
+        raise DataError(f"{path}: expected 105 x 105 pixels, got {pixels.shape}")
+    return np.asarray(pixels < 128)
