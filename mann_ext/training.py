@@ -96,6 +96,7 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
     device = _device(run.device)
     if device.type == "cuda" and processes.count > 1:
         device = torch.device("cuda", processes.local_rank)
+    torch.set_num_threads(run.threads or max(1, evaluation.usable_cpus() // processes.local_count))
     run_dir = Path(processes.share(str(run_folder(run, preset, resume))))
     with contextlib.ExitStack() as stack:
         saved = None
@@ -398,8 +399,9 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
             for part, values in parts.items()
         },
     )
-    task, model, preset, progress = load_run(path, config)
     cpus = evaluation.usable_cpus()
+    torch.set_num_threads(config.run.threads or cpus)
+    task, model, preset, progress = load_run(path, config)
     torch.set_num_threads(config.run.threads or min(progress.threads or cpus, cpus))
     started = time.perf_counter()
     results = evaluation.results(
