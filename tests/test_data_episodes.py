@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import math
 import pickle
@@ -424,3 +425,8 @@ def test_the_bank_is_averaged_over_a_box(glyphs):
     # Entry e is pixel 2 (e - margin) - 1.
     expected = 255 * glyphs.images[0, 7, 39:44, 49:54].float().mean()
     assert images[7, margin + 21, margin + 26] == expected.round()
+
+
+def test_the_example_in_the_docstring_runs():
+    assert doctest.testmod(module).attempted > 0
+    assert doctest.testmod(module).failed == 0
