@@ -99,9 +99,10 @@ def _instruction_set() -> str:
     try:
         from mann_ext import _C
 
-        return str(_C.cpu_instruction_set())
+        name = str(_C.cpu_instruction_set())
     except (ImportError, AttributeError, ValueError):
         return "instruction set unknown"
+    return {"avx512": "AVX-512", "avx2": "AVX2"}.get(name, name)
 
 
 def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
