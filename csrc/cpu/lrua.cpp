@@ -20,6 +20,12 @@ const Kernels& kernels(Storage storage) {
   return baseline::lrua_kernels(storage);
 }
 
+// As many tiles as keep the memory and its gradient within a 1 MB second-level cache.
+int64_t tiles_a_block(int64_t width, int64_t acc_bytes) {
+  const int64_t bytes = std::max<int64_t>(1, width) * kTile * acc_bytes;
+  return std::clamp<int64_t>((320 << 10) / bytes, 1, 32);
+}
+
 Shape make_shape(const Tensor& memory, const Tensor& keys) {
   require(memory.dim() == 3,
           "lrua_scan: expected memory of shape (B, N, W), got " + shape_text(memory));
@@ -38,7 +44,7 @@ Shape make_shape(const Tensor& memory, const Tensor& keys) {
   s.chosen = std::min(s.heads, s.slots);
   s.tiles = (s.slots + kTile - 1) / kTile;
   s.padded = s.tiles * kTile;
-  s.block_tiles = baseline::lrua_block_tiles(
+  s.block_tiles = tiles_a_block(
       s.width, accumulation_dtype(memory.scalar_type()) == ScalarType::Double ? 8 : 4);
   s.blocks = (s.tiles + s.block_tiles - 1) / s.block_tiles;
   return s;
@@ -171,7 +177,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
                              ? new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc)
                              : new_tensor(memory, {0}, acc);
   for (const Tensor& large : {grad_memory_in, grad_weights_in}) prefer_huge_pages(large);
-  p.contents_given = contents.has_value();
   p.reads = reads.const_data_ptr();
   p.memory_out = memory_out.const_data_ptr();
   p.weight_history = weight_history.const_data_ptr();

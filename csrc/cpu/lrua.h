@@ -64,7 +64,6 @@ struct Backward {
   Shape shape;
   Options options;
   Inputs in;
-  bool contents_given;
   const void* reads;
   const void* memory_out;
   const void* weight_history;
@@ -110,7 +109,6 @@ struct Kernels {
 #define MANN_EXT_DECLARE_LRUA(ISA)                                      \
   namespace ISA {                                                       \
   const mann_ext::lrua::Kernels& lrua_kernels(mann_ext::lrua::Storage); \
-  int64_t lrua_block_tiles(int64_t width, int64_t acc_bytes);           \
   }
 MANN_EXT_DECLARE_LRUA(baseline)
 #if defined(__x86_64__)

@@ -896,10 +896,4 @@ const Kernels& lrua_kernels(Storage storage) {
   }
 }
 
-// As many tiles as keep the memory and its gradient within a 1 MB second-level cache.
-int64_t lrua_block_tiles(int64_t width, int64_t acc_bytes) {
-  const int64_t bytes = std::max<int64_t>(1, width) * kTile * acc_bytes;
-  return std::clamp<int64_t>((320 << 10) / bytes, 1, 32);
-}
-
 }  // namespace MANN_EXT_ISA

@@ -234,14 +234,6 @@ MANN_EXT_INLINE A sum_lanes(Vec<A> v) {
 #endif
 }
 
-template <class A>
-MANN_EXT_INLINE A max_lanes(Vec<A> v) {
-  A best = v[0];
-  for (int i = 1; i < kLanes<A>; ++i)
-    if (!(v[i] <= best)) best = v[i];
-  return best;
-}
-
 // Bit i is set where !(v[i] >= bound): smaller, or either one NaN.
 template <class A>
 MANN_EXT_INLINE uint32_t lanes_not_at_least(Vec<A> v, A bound) {
