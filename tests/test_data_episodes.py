@@ -430,3 +430,14 @@ def test_the_bank_is_averaged_over_a_box(glyphs):
 def test_the_example_in_the_docstring_runs():
     assert doctest.testmod(module).attempted > 0
     assert doctest.testmod(module).failed == 0
+
+
+def test_no_shift_and_turn_reaches_past_the_margins():
+    # An overrun would show only when the first or last image of a batch met an extreme of both.
+    side, margin, centre = module._BANK_SIDE, module._MARGIN, module._CENTRE
+    offsets = module._patterns(augment=True)
+    columns = (offsets + side // 2) % side - side // 2  # within half a row of the centre
+    rows = (offsets - columns) // side
+    for offset in (rows, columns):
+        assert centre + offset.min() - MAX_SHIFT // 2 >= 0
+        assert centre + offset.max() + MAX_SHIFT // 2 < side + margin
