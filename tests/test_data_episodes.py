@@ -441,3 +441,11 @@ def test_no_shift_and_turn_reaches_past_the_margins():
     for offset in (rows, columns):
         assert centre + offset.min() - MAX_SHIFT // 2 >= 0
         assert centre + offset.max() + MAX_SHIFT // 2 < side + margin
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_batches_drawn_in_parts_are_the_same(glyphs, monkeypatch, at_once):
+    options = {"batch_size": 3, "length": 11, "seed": 8}  # parts of 1, 2 and 11 steps
+    expected = EpisodeSampler(glyphs, **options).sample().inputs
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
+    assert torch.equal(EpisodeSampler(glyphs, **options).sample().inputs, expected)
