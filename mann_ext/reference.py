@@ -251,7 +251,15 @@ def lrua_trace(
         memory, read_weights, usage, keys, gates, strengths, contents, reset,
         usage_decay, least_used, eps, initial_value, None, trace,
     )  # fmt: skip
-    return LRUATrace(*(torch.stack(part) for part in zip(*trace, strict=True)))
+    if trace:
+        return LRUATrace(*(torch.stack(part) for part in zip(*trace, strict=True)))
+    (batch, count, width), heads = memory.shape, keys.shape[2]
+    weights = read_weights.new_zeros(0, batch, heads, count)
+    slots = torch.zeros((0, batch, min(heads, count)), dtype=torch.long, device=keys.device)
+    return LRUATrace(
+        weights, weights, usage.new_zeros(0, batch, count), slots,
+        memory.new_zeros(0, batch, count, width),
+    )  # fmt: skip
 
 
 def content_read(

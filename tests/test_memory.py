@@ -166,7 +166,7 @@ def test_the_name_says_what_it_has():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_slots": 0}, "num_slots of at least 1"),
+        ({"num_slots": 0}, "num_slots to be a whole number of at least 1"),
         ({"least_used": "all"}, "least_used"),
         ({"learn_strength": True}, "learn_strength"),
         ({"usage_decay": 2.0}, "usage_decay"),
@@ -182,7 +182,7 @@ def test_a_state_of_another_batch_size_says_what_to_do():
     memory = make()
     with pytest.raises(ValueError, match=r"got \(1, 12, 5\); batch size changed\? use initial_sta"):
         memory(inputs(2, 3, 6), memory.initial_state(1))
-    with pytest.raises(ValueError, match="another number of slots"):
+    with pytest.raises(ValueError, match="module of other sizes"):
         memory(inputs(2, 3, 6), make(num_slots=5).initial_state(3))
     with pytest.raises(ValueError, match="expected x of shape"):
         memory(inputs(2, 3, 7))

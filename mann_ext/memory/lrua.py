@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from mann_ext import ops, reference
+from mann_ext.memory import _inputs
+from mann_ext.ops._common import MEMORY_DTYPES
 from mann_ext.ops.lrua import LeastUsed
 
 __all__ = ["LRUAMemory", "LRUAState", "LearnStrength"]
@@ -66,7 +68,7 @@ class LRUAMemory(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError, TypeError: an argument is out of range.
 
     Example:
         >>> memory = LRUAMemory(input_size=16, num_slots=32, slot_size=8, num_reads=2)
@@ -97,15 +99,10 @@ class LRUAMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "input_size": input_size,
-            "num_slots": num_slots,
-            "slot_size": slot_size,
-            "num_reads": num_reads,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"LRUAMemory: expected {name} of at least 1, got {size}")
+        _inputs.check_sizes(
+            "LRUAMemory", input_size=input_size, num_slots=num_slots, slot_size=slot_size,
+            num_reads=num_reads,
+        )  # fmt: skip
         choices: dict[str, tuple[str, tuple[str, ...]]] = {
             "least_used": (least_used, ("per_head", "shared")),
             "learn_strength": (learn_strength, ("no", "per_head", "per_step")),
@@ -120,6 +117,11 @@ class LRUAMemory(nn.Module):
             raise ValueError(f"LRUAMemory: expected usage_decay in [0, 1], got {usage_decay}")
         if not read_strength > 0:
             raise ValueError(f"LRUAMemory: expected read_strength > 0, got {read_strength}")
+        if memory_dtype is not None and memory_dtype not in MEMORY_DTYPES:
+            raise TypeError(
+                "LRUAMemory: expected memory_dtype float32, float64, bfloat16 or float16, got "
+                f"{memory_dtype}"
+            )
         self.input_size = input_size
         self.num_slots = num_slots
         self.slot_size = slot_size
@@ -134,9 +136,10 @@ class LRUAMemory(nn.Module):
         self.initial_value = initial_value
         self.batch_first = batch_first
         self.memory_dtype = memory_dtype
-        vectors = num_reads * slot_size * (2 if write_content else 1)
-        scalars = num_reads * (2 if learn_strength == "per_step" else 1)
-        self.interface = nn.Linear(input_size, vectors + scalars, device=device, dtype=dtype)
+        # Its outputs: keys, contents if write_content, gates, strengths if learnt per step.
+        numbers = num_reads * slot_size * (2 if write_content else 1)
+        numbers += num_reads * (2 if learn_strength == "per_step" else 1)
+        self.interface = nn.Linear(input_size, numbers, device=device, dtype=dtype)
         if learn_strength == "per_head":
             self.raw_strength = nn.Parameter(torch.empty(num_reads, device=device, dtype=dtype))
         else:
@@ -149,10 +152,9 @@ class LRUAMemory(nn.Module):
         # softplus(raw) = read_strength
         raw = self.read_strength + math.log(-math.expm1(-self.read_strength))
         with torch.no_grad():
-            gates = self._vector_numbers()
-            self.interface.bias[gates : gates + self.num_reads].fill_(self.gate_bias)
-            if self.learn_strength == "per_step":
-                self.interface.bias[gates + self.num_reads :].fill_(raw)
+            scalars = self.interface.bias[self.output_size * (2 if self.write_content else 1) :]
+            scalars[: self.num_reads].fill_(self.gate_bias)
+            scalars[self.num_reads :].fill_(raw)  # strengths learnt per step, if any
             if self.raw_strength is not None:
                 self.raw_strength.fill_(raw)
 
@@ -193,27 +195,28 @@ class LRUAMemory(nn.Module):
         """Run a sequence.
 
         Args:
-            x: (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence.
-            state: where to go on from, unbatched for unbatched x; None: ``initial_state``.
+            x: (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence; of
+                the parameters' dtype.
+            state: where to go on from, unbatched for unbatched x; None: ``initial_state``. The
+                memory stays in the dtype it comes in.
             reset_mask: bool of x's leading shape: True starts a new episode at that step.
 
         Returns:
-            reads (T, B, R * W) laid out as x (packed for packed x), and the state after the last
-            step; for packed x, each sequence's state after its own last step.
+            reads (T, B, R * W) laid out as x (packed for packed x) in x's dtype, and the state
+            after the last step; for packed x, each sequence's state after its own last step.
 
         Raises:
             ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
         """
         if isinstance(x, PackedSequence):
             return self._forward_packed(x, state, reset_mask)
-        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
-            layout = "(B, T, I)" if self.batch_first else "(T, B, I)"
-            raise ValueError(
-                f"LRUAMemory: expected x of shape {layout} or (T, I) with I={self.input_size}, "
-                f"got {tuple(x.shape)}"
-            )
+        layout = "(B, T, I)" if self.batch_first else "(T, B, I)"
+        layout += f" or (T, I) with I={self.input_size}"
+        _inputs.check_input("LRUAMemory", x, self.interface.weight, self.input_size, layout, (2, 3))
+        _inputs.check_reset_mask("LRUAMemory", reset_mask, x)
         batched = x.dim() == 3
         if not batched:
+            self._check_state(state, 0, x, batched=False)
             x = x.unsqueeze(1)
             state = None if state is None else LRUAState(*(part.unsqueeze(0) for part in state))
             reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
@@ -225,73 +228,68 @@ class LRUAMemory(nn.Module):
             return reads.squeeze(1), LRUAState(*(part.squeeze(0) for part in state))
         return (reads.transpose(0, 1) if self.batch_first else reads), state
 
-    def step(self, x: Tensor, state: LRUAState | None = None) -> tuple[Tensor, LRUAState]:
-        """One step: x (B, I) -> reads (B, R * W) and the new state."""
-        if x.dim() != 2 or x.shape[-1] != self.input_size:
-            raise ValueError(
-                f"LRUAMemory.step: expected x of shape (B, {self.input_size}), got {tuple(x.shape)}"
-            )
-        reads, state = self._scan(x.unsqueeze(0), state, None)
-        return reads.squeeze(0), state
+    def step(
+        self, x: Tensor, state: LRUAState | None = None, *, reset_mask: Tensor | None = None
+    ) -> tuple[Tensor, LRUAState]:
+        """One step: x (B, I), reset_mask (B,) -> reads (B, R * W) and the new state.
 
-    def _vector_numbers(self) -> int:
-        return self.num_reads * self.slot_size * (2 if self.write_content else 1)
+        Raises:
+            ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
+        """
+        name, layout = "LRUAMemory.step", f"(B, {self.input_size})"
+        _inputs.check_input(name, x, self.interface.weight, self.input_size, layout, (2,))
+        _inputs.check_reset_mask(name, reset_mask, x)
+        mask = None if reset_mask is None else reset_mask.unsqueeze(0)
+        reads, state = self._scan(x.unsqueeze(0), state, mask)
+        return reads.squeeze(0), state
 
     def _scan(
         self, x: Tensor, state: LRUAState | None, reset_mask: Tensor | None
     ) -> tuple[Tensor, LRUAState]:
-        steps, batch, _ = x.shape
+        batch = x.shape[1]
+        self._check_state(state, batch, x)
         if state is None:
             state = self.initial_state(batch)
-        self._check_state(state, batch)
-        heads, width = self.num_reads, self.slot_size
-        interface = self.interface(x)
-        vectors, scalars = interface.split(
-            [self._vector_numbers(), interface.shape[-1] - self._vector_numbers()], -1
-        )
-        if self.key_activation == "tanh":
-            vectors = vectors.tanh()
-        contents = None
-        if self.write_content:
-            keys, contents = vectors.reshape(steps, batch, 2, heads, width).unbind(2)
-        else:
-            keys = vectors.reshape(steps, batch, heads, width)
+        heads, vector = self.num_reads, self.output_size
+        sizes = [vector, vector, heads] if self.write_content else [vector, heads]
+        if self.learn_strength == "per_step":
+            sizes.append(heads)
+        keys, *others = self.interface(x).split(sizes, -1)
+        contents = self._vectors(others.pop(0)) if self.write_content else None
+        gates = others[0].sigmoid()
         output = ops.lrua_scan(
-            *state, keys, scalars[..., :heads].sigmoid(), self._strengths(scalars), contents,
+            *state, self._vectors(keys), gates, self._strengths(gates, others[-1]), contents,
             reset_mask, usage_decay=self.usage_decay, least_used=self.least_used,
             initial_value=self.initial_value,
         )  # fmt: skip
         return output.reads.flatten(2).to(x.dtype), LRUAState(*output[1:])
 
+    def _vectors(self, part: Tensor) -> Tensor:
+        """(T, B, R * W) -> (T, B, R, W)."""
+        activated = part.tanh() if self.key_activation == "tanh" else part
+        return activated.unflatten(-1, (self.num_reads, self.slot_size))
+
     raw_strength: nn.Parameter | None
 
-    def _strengths(self, scalars: Tensor) -> Tensor | None:
-        heads = self.num_reads
+    def _strengths(self, gates: Tensor, raw: Tensor) -> Tensor | None:
+        """beta (T, B, R), or None where it is 1; ``raw`` is the interface's last part."""
         if self.learn_strength == "per_step":
-            return nn.functional.softplus(scalars[..., heads:])
+            return nn.functional.softplus(raw)
         if self.raw_strength is not None:
-            return nn.functional.softplus(self.raw_strength).expand(*scalars.shape[:-1], heads)
-        if self.read_strength == 1:
-            return None
-        return scalars.new_full((1,), self.read_strength).expand(*scalars.shape[:-1], heads)
+            return nn.functional.softplus(self.raw_strength).expand_as(gates)
+        return None if self.read_strength == 1 else torch.full_like(gates, self.read_strength)
 
-    def _check_state(self, state: LRUAState, batch: int) -> None:
+    def _check_state(
+        self, state: LRUAState | None, batch: int, x: Tensor, batched: bool = True
+    ) -> None:
+        if state is None:
+            return
         shapes = {
             "memory": (batch, self.num_slots, self.slot_size),
             "read_weights": (batch, self.num_reads, self.num_slots),
             "usage": (batch, self.num_slots),
         }
-        for (name, shape), part in zip(shapes.items(), state, strict=True):
-            if tuple(part.shape) == shape:
-                continue
-            if part.dim() == len(shape) and tuple(part.shape[1:]) == shape[1:]:
-                hint = f"batch size changed? use initial_state({batch})"
-            else:
-                hint = "another number of slots, heads or columns? use the module it came from"
-            raise ValueError(
-                f"LRUAMemory: expected state.{name} of shape {shape}, got {tuple(part.shape)}; "
-                f"{hint}"
-            )
+        _inputs.check_state("LRUAMemory", state, shapes, x, batched)
 
     def _forward_packed(
         self, x: PackedSequence, state: LRUAState | None, reset_mask: Tensor | None
@@ -300,7 +298,12 @@ class LRUAMemory(nn.Module):
             raise ValueError(
                 "LRUAMemory: reset_mask does not go with a PackedSequence; pass padded x instead"
             )
+        _inputs.check_input(
+            "LRUAMemory", x.data, self.interface.weight, self.input_size,
+            f"(steps in all, {self.input_size}) in the PackedSequence", (2,),
+        )  # fmt: skip
         padded, lengths = pad_packed_sequence(x)
+        self._check_state(state, padded.shape[1], x.data)
         if state is None:
             state = self.initial_state(padded.shape[1])
         # Sequences are cut where one ends, so that each keeps the state of its own last step.

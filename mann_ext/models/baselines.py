@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mann_ext.memory import _inputs
 from mann_ext.models.controllers import ControllerState
-from mann_ext.models.mann import check_input, make_controller
+from mann_ext.models.mann import make_controller
 
 __all__ = ["LSTM", "FeedForward"]
 
@@ -25,6 +26,10 @@ class _Baseline(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _inputs.check_sizes(
+            type(self).__name__, input_size=input_size, output_size=output_size,
+            hidden_size=hidden_size,
+        )  # fmt: skip
         self.input_size, self.output_size = input_size, output_size
         self.controller = make_controller(
             self.kind, input_size, hidden_size, fused, device=device, dtype=dtype
@@ -41,11 +46,11 @@ class _Baseline(nn.Module):
         """x (T, B, I) -> logits (T, B, O) and the state after the last step.
 
         Raises:
-            ValueError: x or reset_mask does not fit; the message says how.
+            ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
         """
-        check_input(type(self).__name__, x, reset_mask, self.input_size)
-        if state is None:
-            state = self.initial_state(x.shape[1])
+        name, layout = type(self).__name__, f"(T, B, {self.input_size})"
+        _inputs.check_input(name, x, self.output.weight, self.input_size, layout)
+        _inputs.check_reset_mask(name, reset_mask, x)
         hidden, state = self.controller(x, state, reset_mask)
         return self.output(hidden), state
 

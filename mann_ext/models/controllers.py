@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mann_ext.memory import _inputs
 
 __all__ = ["ControllerState", "FeedForwardController", "LSTMController"]
 
@@ -18,29 +23,44 @@ class ControllerState(NamedTuple):
 
     def detach(self) -> ControllerState:
         """The same values, cut off from the graph."""
-        return ControllerState(*(part.detach() for part in self))
+        return ControllerState(self.h.detach(), self.c.detach())
+
+    def reset(self, mask: Tensor) -> ControllerState:
+        """Zero where ``mask`` (B,) is True, whatever was there (NaN too)."""
+        ended = mask.unsqueeze(-1)
+        return ControllerState(self.h.masked_fill(ended, 0.0), self.c.masked_fill(ended, 0.0))
 
 
 torch.serialization.add_safe_globals([ControllerState])
 
-
-def _transformed() -> bool:
-    """Whether torch.compile or a torch.func transform is at work: the fused LSTM allows neither."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+# (projected inputs of one step (B, .), r_{t-1} or None, state) -> h_t and the new state.
+Cell = Callable[[Tensor, "Tensor | None", ControllerState], tuple[Tensor, ControllerState]]
 
 
 class LSTMController(nn.Module):
-    """An LSTM with the parameters of ``nn.LSTM`` and two ways to run it.
+    """An LSTM with the parameters of ``nn.LSTM`` and two ways to run it::
 
-    PyTorch's fused LSTM is the faster, but breaks torch.compile, torch.export, torch.func and
-    double backward; a loop over plain operations allows them all.
+        i, f, g, o = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+        c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(c_t)
+
+    PyTorch's fused LSTM is the faster, but breaks torch.compile, torch.export and torch.func; a
+    loop over plain operations allows them all.
 
     Args:
         input_size: I.
         hidden_size: H.
-        fused: True: always PyTorch's fused LSTM; False: always the loop (double backward needs it);
-            None: fused unless torch.compile, torch.func or a reset mask forbids it.
+        fused: True: always PyTorch's fused LSTM; False: always the loop; None: fused unless
+            torch.compile, torch.export or a torch.func transform is at work, or most steps have a
+            reset.
         device, dtype: of the parameters.
+
+    Example:
+        >>> lstm = LSTMController(6, 8)
+        >>> lstm.load_state_dict(nn.LSTM(6, 8).state_dict())
+        <All keys matched successfully>
+        >>> hidden, state = lstm(torch.randn(5, 3, 6))
+        >>> hidden.shape, state.c.shape
+        (torch.Size([5, 3, 8]), torch.Size([3, 8]))
     """
 
     def __init__(
@@ -74,49 +94,168 @@ class LSTMController(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def extra_repr(self) -> str:
+        fused = "" if self.fused is None else f", fused={self.fused}"
+        return f"{self.input_size}, {self.hidden_size}{fused}"
+
     def initial_state(self, batch_size: int) -> ControllerState:
         """Zero h and c."""
         zeros = self.weight_hh_l0.new_zeros(batch_size, self.hidden_size)
         return ControllerState(zeros, zeros)
 
     def forward(
-        self, x: Tensor, state: ControllerState, reset_mask: Tensor | None = None
+        self, x: Tensor, state: ControllerState | None = None, reset_mask: Tensor | None = None
     ) -> tuple[Tensor, ControllerState]:
-        """x (T, B, I) -> h (T, B, H) and the last state; ``reset_mask`` (T, B) zeroes it first."""
+        """x (T, B, I) -> h (T, B, H) and the last state.
+
+        ``reset_mask`` (T, B) bool: True zeroes the state before that step.
+
+        Raises:
+            ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
+        """
+        layout = f"(T, B, {self.input_size})"
+        _inputs.check_input("LSTMController", x, self.weight_ih_l0, self.input_size, layout)
+        _inputs.check_reset_mask("LSTMController", reset_mask, x)
+        state = self.checked_state(state, x)
+        if self.fused and _transformed():
+            raise RuntimeError(
+                "LSTMController: the fused LSTM runs neither under torch.compile or torch.export "
+                "nor under torch.func; use fused=None (the loop where it is needed) or False"
+            )
         fused = not _transformed() if self.fused is None else self.fused
-        if fused and reset_mask is None and x.shape[0] > 0 and x.shape[1] > 0:
-            weights = [self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0]
-            hidden, h, c = torch._VF.lstm(
-                x, (state.h.unsqueeze(0), state.c.unsqueeze(0)), weights,
-                True, 1, 0.0, self.training, False, False,
-            )  # fmt: skip
-            return hidden, ControllerState(h.squeeze(0), c.squeeze(0))
-        projected = nn.functional.linear(x, self.weight_ih_l0, self.bias_ih_l0)
-        outputs = []
-        for t in range(x.shape[0]):
-            if reset_mask is not None:
-                keep = (~reset_mask[t]).unsqueeze(-1).to(x.dtype)
-                state = ControllerState(state.h * keep, state.c * keep)
-            state = self._cell(projected[t], state)
-            outputs.append(state.h)
-        if not outputs:
-            return x.new_zeros(0, x.shape[1], self.hidden_size), state
-        return torch.stack(outputs), state
+        if fused and x.numel() > 0:
+            cuts = [] if reset_mask is None else reset_mask.any(1).nonzero().flatten().tolist()
+            # Each cut costs a call; where there are many the loop is no slower.
+            if self.fused or 4 * len(cuts) <= x.shape[0]:
+                return self._fused_pieces(x, state, reset_mask, cuts)
+        hidden, h, c = _loop(x, *state, *self._weights(), reset_mask)
+        return hidden, ControllerState(h, c)
 
-    def step(self, x: Tensor, state: ControllerState) -> tuple[Tensor, ControllerState]:
+    def step(
+        self, x: Tensor, state: ControllerState | None = None
+    ) -> tuple[Tensor, ControllerState]:
         """x (B, I) -> h (B, H) and the new state."""
-        state = self._cell(nn.functional.linear(x, self.weight_ih_l0, self.bias_ih_l0), state)
-        return state.h, state
+        layout = f"(B, {self.input_size})"
+        _inputs.check_input("LSTMController", x, self.weight_ih_l0, self.input_size, layout, (2,))
+        state = self.checked_state(state, x)
+        return self.cell(0)(self.project(x), None, state)
 
-    def _cell(self, projected: Tensor, state: ControllerState) -> ControllerState:
-        gates = projected + nn.functional.linear(state.h, self.weight_hh_l0, self.bias_hh_l0)
-        i, f, g, o = gates.chunk(4, -1)
-        c = f.sigmoid() * state.c + i.sigmoid() * g.tanh()
-        return ControllerState(o.sigmoid() * c.tanh(), c)
+    def checked_state(self, state: ControllerState | None, x: Tensor) -> ControllerState:
+        """The state, or the initial one; PyTorch's fused LSTM does not check, and crashes."""
+        batch = x.shape[-2]
+        if state is None:
+            return self.initial_state(batch)
+        shape = (batch, self.hidden_size)
+        _inputs.check_state("LSTMController", state, {"h": shape, "c": shape}, x)
+        return state
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (..., at most I) -> its share of the gates (..., 4H), biases included."""
+        weight = self.weight_ih_l0[:, : x.shape[-1]]
+        return F.linear(x, weight, self.bias_ih_l0 + self.bias_hh_l0)
+
+    def cell(self, fed_back: int) -> Cell:
+        """One step after :meth:`project`, the last ``fed_back`` inputs coming from r_{t-1}."""
+        weight = self.weight_hh_l0
+        if fed_back:  # one product a step for h_{t-1} and r_{t-1} together
+            weight = torch.cat([weight, self.weight_ih_l0[:, -fed_back:]], 1)
+        transposed = weight.t()
+
+        def run(
+            projected: Tensor, reads: Tensor | None, state: ControllerState
+        ) -> tuple[Tensor, ControllerState]:
+            inner = state.h if reads is None else torch.cat([state.h, reads], -1)
+            h, c = _cell(projected, inner, state.c, transposed)
+            return h, ControllerState(h, c)
+
+        return run
+
+    def _fused_pieces(
+        self, x: Tensor, state: ControllerState, reset_mask: Tensor | None, cuts: list[int]
+    ) -> tuple[Tensor, ControllerState]:
+        bounds = [0, *[t for t in cuts if t > 0], x.shape[0]]
+        pieces = []
+        for start, end in itertools.pairwise(bounds):
+            if reset_mask is not None and start in cuts:
+                state = state.reset(reset_mask[start])
+            h, c = (part.to(x.dtype) for part in state)
+            piece, h, c = _FusedLSTM.apply(x[start:end], h, c, *self._weights())
+            state = ControllerState(h, c)
+            pieces.append(piece)
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)), state
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
+
+
+def _transformed() -> bool:
+    """Whether torch.compile or a torch.func transform is at work: the fused LSTM allows neither."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _cell(
+    projected: Tensor, inner: Tensor, c: Tensor, transposed_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gates = projected + inner @ transposed_weight, in PyTorch's order i, f, g, o -> h and c."""
+    hidden = c.shape[-1]
+    gates = torch.addmm(projected, inner, transposed_weight)
+    i_and_f, g, o = gates.split([2 * hidden, hidden, hidden], -1)
+    i, f = i_and_f.sigmoid().chunk(2, -1)
+    c = f * c + i * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _loop(
+    x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor,
+    bias_hh: Tensor, reset_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The LSTM in plain operations: x (T, B, I) -> h of every step (T, B, H), the last h and c."""
+    if x.shape[0] == 0:
+        return x.new_zeros(0, *h.shape), h, c
+    transposed, outputs = weight_hh.t(), []
+    # unbind, not [t]: the gradient of an index is as large as the whole.
+    for t, projected in enumerate(F.linear(x, weight_ih, bias_ih + bias_hh).unbind()):
+        if reset_mask is not None:
+            h, c = ControllerState(h, c).reset(reset_mask[t])
+        h, c = _cell(projected, h, c, transposed)
+        outputs.append(h)
+    return torch.stack(outputs), h, c
+
+
+class _FusedLSTM(torch.autograd.Function):
+    """PyTorch's fused LSTM; its second derivatives, which that lacks, come from the loop."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        wanted = ctx.needs_input_grad
+        with torch.set_grad_enabled(any(wanted)):
+            ctx.copies = [x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+            x, h, c, *weights = ctx.copies
+            hidden, h, c = torch._VF.lstm(
+                x, (h.unsqueeze(0), c.unsqueeze(0)), weights,
+                True, 1, 0.0, any(wanted), False, False,
+            )  # fmt: skip
+            ctx.outputs = (hidden, h.squeeze(0), c.squeeze(0))
+        return tuple(output.detach() for output in ctx.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        twice = torch.is_grad_enabled()
+        inputs = ctx.saved_tensors if twice else ctx.copies
+        outputs = _loop(*inputs) if twice else ctx.outputs
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+        found = torch.autograd.grad(
+            outputs, [inputs[i] for i in wanted], grads, retain_graph=True, create_graph=twice
+        )
+        result: list[Tensor | None] = [None] * len(inputs)
+        for i, grad in zip(wanted, found, strict=True):
+            result[i] = grad
+        return tuple(result)
 
 
 class FeedForwardController(nn.Module):
-    """One hidden layer, h = relu(W x + b), and no state.
+    """One hidden layer, h_t = relu(W x_t + b), and no state.
 
     Args:
         input_size: I.
@@ -136,17 +275,56 @@ class FeedForwardController(nn.Module):
         self.input_size, self.hidden_size = input_size, hidden_size
         self.layer = nn.Linear(input_size, hidden_size, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear``."""
+        self.layer.reset_parameters()
+
     def initial_state(self, batch_size: int) -> ControllerState:
         """Two empty tensors (B, 0)."""
         empty = self.layer.weight.new_zeros(batch_size, 0)
         return ControllerState(empty, empty)
 
     def forward(
-        self, x: Tensor, state: ControllerState, reset_mask: Tensor | None = None
+        self, x: Tensor, state: ControllerState | None = None, reset_mask: Tensor | None = None
     ) -> tuple[Tensor, ControllerState]:
-        """x (T, B, I) -> h (T, B, H)."""
-        return self.layer(x).relu(), state
+        """x (T, B, I) -> h (T, B, H); there is nothing to reset.
 
-    def step(self, x: Tensor, state: ControllerState) -> tuple[Tensor, ControllerState]:
+        Raises:
+            ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
+        """
+        name, layout = "FeedForwardController", f"(T, B, {self.input_size})"
+        _inputs.check_input(name, x, self.layer.weight, self.input_size, layout)
+        _inputs.check_reset_mask(name, reset_mask, x)
+        return self.layer(x).relu(), self.checked_state(state, x)
+
+    def step(
+        self, x: Tensor, state: ControllerState | None = None
+    ) -> tuple[Tensor, ControllerState]:
         """x (B, I) -> h (B, H)."""
-        return self.layer(x).relu(), state
+        name, layout = "FeedForwardController", f"(B, {self.input_size})"
+        _inputs.check_input(name, x, self.layer.weight, self.input_size, layout, (2,))
+        return self.layer(x).relu(), self.checked_state(state, x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (..., at most I) -> its share of W x + b (..., H)."""
+        return F.linear(x, self.layer.weight[:, : x.shape[-1]], self.layer.bias)
+
+    def cell(self, fed_back: int) -> Cell:
+        """One step after :meth:`project`, the last ``fed_back`` inputs coming from r_{t-1}."""
+        transposed = self.layer.weight[:, self.input_size - fed_back :].t()
+
+        def run(
+            projected: Tensor, reads: Tensor | None, state: ControllerState
+        ) -> tuple[Tensor, ControllerState]:
+            total = projected if reads is None else torch.addmm(projected, reads, transposed)
+            return total.relu(), state
+
+        return run
+
+    def checked_state(self, state: ControllerState | None, x: Tensor) -> ControllerState:
+        """The state, or the initial one."""
+        if state is None:
+            return self.initial_state(x.shape[-2])
+        shape = (x.shape[-2], 0)
+        _inputs.check_state("FeedForwardController", state, {"h": shape, "c": shape}, x)
+        return state

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mann_ext.memory import LRUAMemory, LRUAState
+from mann_ext.memory import LRUAMemory, LRUAState, _inputs
 from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController
 
 __all__ = ["MANN", "MANNState", "make_controller"]
@@ -38,18 +38,6 @@ def make_controller(
     if name == "feedforward":
         return FeedForwardController(input_size, hidden_size, **factory)
     raise ValueError(f"expected controller 'lstm' or 'feedforward', got {name!r}")
-
-
-def check_input(model: str, x: Tensor, reset_mask: Tensor | None, input_size: int) -> None:
-    if x.dim() != 3 or x.shape[-1] != input_size:
-        raise ValueError(f"{model}: expected x of shape (T, B, {input_size}), got {tuple(x.shape)}")
-    if reset_mask is not None and (
-        reset_mask.shape != x.shape[:2] or reset_mask.dtype != torch.bool
-    ):
-        raise ValueError(
-            f"{model}: expected reset_mask of shape {tuple(x.shape[:2])} and dtype bool, got "
-            f"{tuple(reset_mask.shape)} and {reset_mask.dtype}"
-        )
 
 
 class MANN(nn.Module):
@@ -95,6 +83,9 @@ class MANN(nn.Module):
         super().__init__()
         if memory.pop("batch_first", False):
             raise ValueError("MANN: x is time first, (T, B, I); transpose it, not batch_first=True")
+        _inputs.check_sizes(
+            "MANN", input_size=input_size, output_size=output_size, hidden_size=hidden_size
+        )
         factory = {"device": device, "dtype": dtype}
         self.input_size, self.output_size = input_size, output_size
         self.read_feedback = read_feedback
@@ -115,45 +106,58 @@ class MANN(nn.Module):
     def forward(
         self, x: Tensor, state: MANNState | None = None, *, reset_mask: Tensor | None = None
     ) -> tuple[Tensor, MANNState]:
-        """x (T, B, I), reset_mask (T, B) bool -> logits (T, B, O) and the last state.
+        """x (T, B, I) -> logits (T, B, O) and the last state.
+
+        ``reset_mask`` (T, B) bool: True starts a new episode before that step: controller, memory
+        and reads as in ``initial_state``.
 
         Raises:
-            ValueError: x, state or reset_mask does not fit; the message says how.
+            ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
         """
-        check_input("MANN", x, reset_mask, self.input_size)
-        if state is None:
-            state = self.initial_state(x.shape[1])
+        layout = f"(T, B, {self.input_size})"
+        _inputs.check_input("MANN", x, self.output.weight, self.input_size, layout)
+        _inputs.check_reset_mask("MANN", reset_mask, x)
+        state = self._checked_state(state, x)
         if self.read_feedback and x.shape[0] > 0:
             features, state = self._stepwise(x, state, reset_mask)
+        elif x.shape[0] == 0:
+            features = x.new_zeros(0, x.shape[1], self.output.in_features)
         else:
             hidden, controller = self.controller(x, state.controller, reset_mask)
             reads, memory = self.memory(hidden, state.memory, reset_mask=reset_mask)
-            last = reads[-1] if x.shape[0] > 0 else state.reads
-            features, state = torch.cat([hidden, reads], -1), MANNState(controller, memory, last)
+            features = torch.cat([hidden, reads], -1)
+            state = MANNState(controller, memory, reads[-1])
         return self.output(features), state
+
+    def _checked_state(self, state: MANNState | None, x: Tensor) -> MANNState:
+        """What is inside is checked by the controller and the memory."""
+        batch = x.shape[1]
+        if state is None:
+            return self.initial_state(batch)
+        if not isinstance(state, MANNState):
+            raise TypeError(
+                f"MANN: expected state to be a MANNState, got {type(state).__name__}; pass what "
+                "initial_state or the last call returned"
+            )
+        shape = (batch, self.memory.output_size)
+        _inputs.check_state("MANN", (state.reads,), {"reads": shape}, x)
+        return state
 
     def _stepwise(
         self, x: Tensor, state: MANNState, reset_mask: Tensor | None
     ) -> tuple[Tensor, MANNState]:
+        controller = self.controller.checked_state(state.controller, x)
+        memory, read = state.memory, state.reads
+        # The share of x in the controller's input is one product for the whole sequence.
+        cell = self.controller.cell(read.shape[-1])
         features = []
-        fresh = None if reset_mask is None else self.initial_state(x.shape[1])
-        for t in range(x.shape[0]):
-            if reset_mask is not None and fresh is not None:
-                state = _choose(reset_mask[t], fresh, state)
-            inputs = torch.cat([x[t], state.reads], -1)
-            h, controller = self.controller.step(inputs, state.controller)
-            reads, memory = self.memory.step(h, state.memory)
-            state = MANNState(controller, memory, reads)
-            features.append(torch.cat([h, reads], -1))
-        return torch.stack(features), state
-
-
-def _choose(mask: Tensor, yes: MANNState, no: MANNState) -> MANNState:
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b)
-
-    return MANNState(
-        ControllerState(*map(pick, yes.controller, no.controller)),
-        LRUAState(*map(pick, yes.memory, no.memory)),
-        pick(yes.reads, no.reads),
-    )
+        for t, projected in enumerate(self.controller.project(x).unbind()):
+            ended = None
+            if reset_mask is not None:
+                ended = reset_mask[t]
+                controller = controller.reset(ended)
+                read = read.masked_fill(ended.unsqueeze(-1), 0.0)
+            h, controller = cell(projected, read, controller)
+            read, memory = self.memory.step(h, memory, reset_mask=ended)
+            features.append(torch.cat([h, read], -1))
+        return torch.stack(features), MANNState(controller, memory, read)

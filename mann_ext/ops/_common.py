@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +17,39 @@ def describe(shape: Sequence[int | str]) -> str:
 
 
 def check_shape(
-    op: str, name: str, tensor: Tensor, shape: Sequence[int | str], hint: str = ""
+    op: str, name: str, tensor: Tensor, shape: Sequence[int | str], **because: Tensor | str
 ) -> None:
-    """Sizes that are names in ``shape`` may be anything."""
+    """Sizes that are names in ``shape`` may be anything; ``because``: what the others come from."""
+    # Nothing is formatted unless it fails: that would fix a size that torch.compile left open.
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == size
         for want, size in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
+        reasons = [
+            x if isinstance(x, str) else f"{other} has shape {describe(x.shape)}"
+            for other, x in because.items()
+        ]
         raise ValueError(
             f"{op}: expected {name} of shape {describe(shape)}, got {describe(tensor.shape)}"
-            + (f"; {hint}" if hint else "")
+            + "".join(f"; {reason}" for reason in reasons)
         )
+
+
+def check_tensors(op: str, **tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{op}: expected {name} to be a torch.Tensor, got {type(tensor).__name__}; "
+                "convert it with torch.as_tensor"
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{op}: expected {name} to be dense, got layout {tensor.layout}; "
+                "convert it with .to_dense()"
+            )
 
 
 def check_same_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
@@ -66,10 +88,31 @@ def check_no_forward_mode(op: str, *tensors: Tensor | None) -> None:
             and tensor.dtype.is_floating_point
             and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
         ):
-            raise NotImplementedError(
-                f"{op}: the native operator has no forward-mode derivative; use reverse mode "
-                "(torch.func.grad, vjp, jacrev) or run under mann_ext.backend('reference')"
-            )
+            raise no_forward_mode(op)
+
+
+def no_forward_mode(op: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{op}: the native operator has no forward-mode derivative; use reverse mode "
+        "(torch.func.grad, vjp, jacrev; jacrev of jacrev for a Hessian) or run under "
+        "mann_ext.backend('reference')"
+    )
+
+
+def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``; a tangent hidden under other transforms (jacfwd of jacrev) shows here.
+
+    A ``jvp`` of the functions' own would say it as well, but torch.compile refuses those that have
+    one.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        raise no_forward_mode(op) from error
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -65,6 +65,8 @@ def content_read(
     strengths = None if strengths is None else strengths.to(acc)
     if mask is not None and mask.dim() == keys.dim() - 1:
         mask = mask.unsqueeze(-2)
+    tensors = (queries, keys, values, strengths, mask)
+    lead = _leading(op, tensors)
     if not _library.use_native(keys.device, op):
         with _common.without_autocast(keys.device):
             return ContentRead(
@@ -74,15 +76,6 @@ def content_read(
             )
     _common.check_no_forward_mode(op, queries, keys, values, strengths)
 
-    tails = (2, 2, 2, 1, 2)
-    tensors = (queries, keys, values, strengths, mask)
-    lead = torch.broadcast_shapes(
-        *(
-            x.shape[: x.dim() - tail]
-            for x, tail in zip(tensors, tails, strict=True)
-            if x is not None
-        )
-    )
     batch = math.prod(lead)
     flat = [
         None
@@ -90,12 +83,37 @@ def content_read(
         else x.expand(*lead, *x.shape[x.dim() - tail :])
         .reshape(batch, *x.shape[x.dim() - tail :])
         .contiguous()
-        for x, tail in zip(tensors, tails, strict=True)
+        for x, tail in zip(tensors, _TAILS, strict=True)
     ]
-    reads, weights = _Read.apply(*flat, similarity == "cosine", float(eps))
+    reads, weights = _common.apply(op, _Read, *flat, similarity == "cosine", float(eps))
     return ContentRead(
         reads.reshape(*lead, *reads.shape[1:]), weights.reshape(*lead, *weights.shape[1:])
     )
+
+
+_TAILS = (2, 2, 2, 1, 2)  # dimensions of (queries, keys, values, strengths, mask) that do not lead
+
+
+def _leading(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    """The leading dimensions broadcast together."""
+    names = ("queries", "keys", "values", "strengths", "mask")
+    given = {
+        name: tuple(x.shape[: x.dim() - tail])
+        for name, x, tail in zip(names, tensors, _TAILS, strict=True)
+        if x is not None
+    }
+    lead = [1] * max(len(shape) for shape in given.values())
+    for shape in given.values():
+        for i, size in enumerate(shape, len(lead) - len(shape)):
+            if lead[i] == 1:
+                lead[i] = size
+            elif size != 1 and size != lead[i]:
+                found = ", ".join(f"{name} {_common.describe(x)}" for name, x in given.items())
+                raise ValueError(
+                    f"{op}: expected leading dimensions that broadcast together, got {found}; "
+                    "each size must be the same or 1"
+                )
+    return tuple(lead)
 
 
 def _check(
@@ -108,6 +126,11 @@ def _check(
     similarity: str,
     eps: float,
 ) -> None:
+    if keys is None or queries is None:
+        raise TypeError(f"{op}: expected queries and keys to be tensors, got None")
+    _common.check_tensors(
+        op, queries=queries, keys=keys, values=values, strengths=strengths, mask=mask
+    )
     _common.check_memory_dtype(op, "keys", keys)
     for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
         if tensor is not None and tensor.dim() < 2:
@@ -143,8 +166,8 @@ def _check(
         rows = 1 if mask.dim() == keys.dim() - 1 else mask.shape[-2]
         if mask.shape[-1] != slots or rows not in (1, queries.shape[-2]):
             raise ValueError(
-                f"{op}: expected mask of shape (..., {slots}) or (..., {queries.shape[-2]}, "
-                f"{slots}), got {_common.describe(mask.shape)}"
+                f"{op}: expected mask of shape (..., {slots}) with one dimension less than the "
+                f"keys, or (..., {queries.shape[-2]}, {slots}), got {_common.describe(mask.shape)}"
             )
     _common.check_floating(op, queries=queries, strengths=strengths)
     _common.check_same_device(
@@ -152,8 +175,8 @@ def _check(
     )
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"{op}: expected similarity 'cosine' or 'dot', got {similarity!r}")
-    if not eps > 0:
-        raise ValueError(f"{op}: expected eps > 0, got {eps}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{op}: expected a finite eps > 0, got {eps}")
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -93,15 +94,28 @@ def lrua_scan(
         ValueError, TypeError: a shape, device, dtype or option does not fit; the message says.
         NotImplementedError: forward-mode differentiation of the native operator.
     """
-    op = "lrua_scan"
-    options = (usage_decay, least_used, eps, initial_value)
-    _check(op, memory, read_weights, usage, keys, gates, strengths, contents, reset, options)
+    _check(
+        "lrua_scan", memory, read_weights, usage, keys, gates, strengths, contents, reset,
+        usage_decay, least_used, eps, snapshot_every,
+    )  # fmt: skip
+    return _run(
+        "lrua_scan", memory, read_weights, usage, keys, gates, strengths, contents, reset,
+        usage_decay, least_used, eps, initial_value, history_budget, snapshot_every,
+    )  # fmt: skip
+
+
+def _run(
+    op: str, memory: Tensor, read_weights: Tensor, usage: Tensor, keys: Tensor, gates: Tensor,
+    strengths: Tensor | None, contents: Tensor | None, reset: Tensor | None, usage_decay: float,
+    least_used: LeastUsed, eps: float, initial_value: float, history_budget: int | None,
+    snapshot_every: int | None,
+) -> LRUAScanOutput:  # fmt: skip
     acc = reference.accumulation_dtype(memory.dtype)
     read_weights, usage, keys, gates = (x.to(acc) for x in (read_weights, usage, keys, gates))
     strengths = None if strengths is None else strengths.to(acc)
     contents = None if contents is None else contents.to(acc)
 
-    if not _library.use_native(memory.device, op):
+    if not _library.use_native(memory.device, "lrua_scan"):
         with _common.without_autocast(memory.device):
             output = reference.lrua_scan(
                 memory, read_weights, usage, keys, gates, strengths, contents, reset,
@@ -119,8 +133,8 @@ def lrua_scan(
         budget = HISTORY_BUDGET if history_budget is None else history_budget
         numbers = keys.shape[0] * memory.shape[0] * _padded(memory.shape[1]) * memory.shape[2]
         snapshot_every = 1 if numbers * memory.element_size() <= budget else 0
-    output = _Scan.apply(
-        memory, read_weights.contiguous(), usage.contiguous(), keys.contiguous(),
+    output = _common.apply(
+        op, _Scan, memory, read_weights.contiguous(), usage.contiguous(), keys.contiguous(),
         gates.contiguous(), _contiguous(strengths), _contiguous(contents), _contiguous(reset),
         float(usage_decay), least_used == "shared", float(eps), float(initial_value),
         int(snapshot_every), save,
@@ -159,23 +173,16 @@ def lrua_step(
     Raises:
         ValueError, TypeError, NotImplementedError: as for :func:`lrua_scan`.
     """
-    if keys.dim() != 3:
-        raise ValueError(
-            f"lrua_step: expected keys of shape (B, R, W), got {_common.describe(keys.shape)}; "
-            "for a sequence (T, B, R, W) use lrua_scan"
-        )
-    output = lrua_scan(
-        memory,
-        read_weights,
-        usage,
-        keys.unsqueeze(0),
-        gates.unsqueeze(0),
+    _check(
+        "lrua_step", memory, read_weights, usage, keys, gates, strengths, contents, None,
+        usage_decay, least_used, eps, None,
+    )  # fmt: skip
+    output = _run(
+        "lrua_step", memory, read_weights, usage, keys.unsqueeze(0), gates.unsqueeze(0),
         None if strengths is None else strengths.unsqueeze(0),
-        None if contents is None else contents.unsqueeze(0),
-        usage_decay=usage_decay,
-        least_used=least_used,
-        eps=eps,
-    )
+        None if contents is None else contents.unsqueeze(0), None,
+        usage_decay, least_used, eps, 0.0, None, None,
+    )  # fmt: skip
     return output._replace(reads=output.reads.squeeze(0))
 
 
@@ -197,16 +204,34 @@ def _check(
     strengths: Tensor | None,
     contents: Tensor | None,
     reset: Tensor | None,
-    options: tuple[float, str, float, float],
+    usage_decay: float,
+    least_used: str,
+    eps: float,
+    snapshot_every: int | None,
 ) -> None:
-    usage_decay, least_used, eps, _ = options
+    required = {
+        "memory": memory, "read_weights": read_weights, "usage": usage, "keys": keys,
+        "gates": gates,
+    }  # fmt: skip
+    for name, tensor in required.items():
+        if tensor is None:
+            raise TypeError(f"{op}: expected {name} to be a torch.Tensor, got None")
+    _common.check_tensors(op, **required, strengths=strengths, contents=contents, reset=reset)
     _common.check_memory_dtype(op, "memory", memory)
     _common.check_shape(op, "memory", memory, ("B", "N", "W"))
     batch, slots, width = memory.shape
-    _common.check_shape(
-        op, "keys", keys, ("T", batch, "R", width), f"memory has B={batch}, W={width}"
-    )
-    steps, _, heads, _ = keys.shape
+    if op == "lrua_scan":
+        time: tuple[str, ...] = ("T",)
+        other = "for one step, (B, R, W), use lrua_step"
+    else:
+        time = ()
+        other = "for a sequence, (T, B, R, W), use lrua_scan"
+    shape: tuple[int | str, ...] = (*time, batch, "R", width)
+    if keys.dim() == len(shape):
+        _common.check_shape(op, "keys", keys, shape, memory=memory)
+    else:
+        _common.check_shape(op, "keys", keys, shape, fix=other)
+    heads = keys.shape[-2]
     if min(slots, width, heads) < 1:
         raise ValueError(
             f"{op}: expected at least one slot, head and column, got {slots} slots, {heads} heads "
@@ -214,16 +239,16 @@ def _check(
         )
     if heads > _MAX_HEADS:
         raise ValueError(f"{op}: expected at most {_MAX_HEADS} heads, got {heads}")
-    hint = f"keys have T={steps}, B={batch}, R={heads}, W={width}"
-    _common.check_shape(op, "read_weights", read_weights, (batch, heads, slots), hint)
-    _common.check_shape(op, "usage", usage, (batch, slots))
-    _common.check_shape(op, "gates", gates, (steps, batch, heads), hint)
+    *lead, _, _ = keys.shape  # T and B, or B
+    _common.check_shape(op, "read_weights", read_weights, (batch, heads, slots), keys=keys)
+    _common.check_shape(op, "usage", usage, (batch, slots), memory=memory)
+    _common.check_shape(op, "gates", gates, (*lead, heads), keys=keys)
     if strengths is not None:
-        _common.check_shape(op, "strengths", strengths, (steps, batch, heads), hint)
+        _common.check_shape(op, "strengths", strengths, (*lead, heads), keys=keys)
     if contents is not None:
-        _common.check_shape(op, "contents", contents, (steps, batch, heads, width), hint)
+        _common.check_shape(op, "contents", contents, (*lead, heads, width), keys=keys)
     if reset is not None:
-        _common.check_shape(op, "reset", reset, (steps, batch), hint)
+        _common.check_shape(op, "reset", reset, lead, keys=keys)
         if reset.dtype != torch.bool:
             raise TypeError(
                 f"{op}: expected reset of dtype bool, got {reset.dtype}; use reset.bool()"
@@ -238,8 +263,12 @@ def _check(
     )  # fmt: skip
     if least_used not in ("per_head", "shared"):
         raise ValueError(f"{op}: expected least_used 'per_head' or 'shared', got {least_used!r}")
-    if not eps > 0:
-        raise ValueError(f"{op}: expected eps > 0, got {eps}; a zero row has no direction")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{op}: expected a finite eps > 0, got {eps}; a zero row has no direction")
+    if snapshot_every is not None and snapshot_every < 0:
+        raise ValueError(
+            f"{op}: expected snapshot_every of 0 or more, got {snapshot_every}; 0 rolls back"
+        )
     if not 0 <= usage_decay <= 1:
         raise ValueError(f"{op}: expected usage_decay in [0, 1], got {usage_decay}")
 
