@@ -23,4 +23,14 @@ STABLE_TORCH_LIBRARY(mann_ext, m) {
       "content_read_backward(Tensor grad_reads, Tensor? grad_weights, Tensor queries, Tensor keys, "
       "Tensor? values, Tensor? strengths, Tensor reads, Tensor weights, bool cosine, float eps) -> "
       "(Tensor grad_queries, Tensor grad_keys, Tensor grad_values, Tensor grad_strengths)");
+  m.def(
+      "lstm_scan(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor bias_ih, Tensor bias_hh, Tensor? reset, bool save_for_backward) -> "
+      "(Tensor hidden, Tensor h_out, Tensor c_out, Tensor gates, Tensor cells)");
+  m.def(
+      "lstm_scan_backward(Tensor? grad_hidden, Tensor? grad_h_out, Tensor? grad_c_out, Tensor x, "
+      "Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? reset, Tensor hidden, "
+      "Tensor gates, Tensor cells, bool need_x_grad) -> "
+      "(Tensor grad_x, Tensor grad_h, Tensor grad_c, Tensor grad_weight_ih, "
+      "Tensor grad_weight_hh, Tensor grad_bias)");
 }

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mann_ext import _library
 from mann_ext.memory import _inputs
+from mann_ext.ops.lstm import lstm_cell, lstm_loop, lstm_scan, needs_loop
 
 __all__ = ["ControllerState", "FeedForwardController", "LSTMController"]
 
@@ -43,14 +45,16 @@ class LSTMController(nn.Module):
         i, f, g, o = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
         c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(c_t)
 
-    PyTorch's fused LSTM is the faster, but breaks torch.compile, torch.export and torch.func; a
-    loop over plain operations allows them all.
+    Fused, it is one call for all steps: :func:`mann_ext.ops.lstm_scan` on the CPU, elsewhere (and
+    under autocast, or without the native operators) PyTorch's. A loop over plain operations is
+    slower, but allows torch.func and forward mode; torch.compile and torch.export need it where
+    PyTorch's would run, and torch.compile of vmap of grad everywhere (fused=False).
 
     Args:
         input_size: I.
         hidden_size: H.
-        fused: True: always PyTorch's fused LSTM; False: always the loop; None: fused unless
-            torch.compile, torch.export or a torch.func transform is at work, or most steps have a
+        fused: True: always fused, an error where that is not possible; False: always the loop;
+            None: fused where possible, but the loop instead of PyTorch's if most steps have a
             reset.
         device, dtype: of the parameters.
 
@@ -117,19 +121,35 @@ class LSTMController(nn.Module):
         _inputs.check_input("LSTMController", x, self.weight_ih_l0, self.input_size, layout)
         _inputs.check_reset_mask("LSTMController", reset_mask, x)
         state = self.checked_state(state, x)
-        if self.fused and _transformed():
+        native = self._native(x)
+        possible = not (needs_loop() or (torch.compiler.is_compiling() and not native))
+        if self.fused and not possible:
             raise RuntimeError(
-                "LSTMController: the fused LSTM runs neither under torch.compile or torch.export "
-                "nor under torch.func; use fused=None (the loop where it is needed) or False"
+                "LSTMController: the fused LSTM does not run under torch.func or forward mode, and "
+                "under torch.compile or torch.export only as the native operator; use fused=None "
+                "(the loop where it is needed) or False"
             )
-        fused = not _transformed() if self.fused is None else self.fused
+        fused = possible if self.fused is None else self.fused
+        if fused and native:
+            h, c = (part.to(x.dtype) for part in state)
+            hidden, h, c = lstm_scan(x, h, c, *self._weights(), reset_mask)
+            return hidden, ControllerState(h, c)
         if fused and x.numel() > 0:
             cuts = [] if reset_mask is None else reset_mask.any(1).nonzero().flatten().tolist()
             # Each cut costs a call; where there are many the loop is no slower.
             if self.fused or 4 * len(cuts) <= x.shape[0]:
                 return self._fused_pieces(x, state, reset_mask, cuts)
-        hidden, h, c = _loop(x, *state, *self._weights(), reset_mask)
+        hidden, h, c = lstm_loop(x, *state, *self._weights(), reset_mask)
         return hidden, ControllerState(h, c)
+
+    def _native(self, x: Tensor) -> bool:
+        """Whether the operator ``lstm_scan`` has a kernel for this call."""
+        return (
+            x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled(x.device.type)
+            and _library.use_native(x.device, "lstm_scan")
+        )
 
     def step(
         self, x: Tensor, state: ControllerState | None = None
@@ -165,7 +185,7 @@ class LSTMController(nn.Module):
             projected: Tensor, reads: Tensor | None, state: ControllerState
         ) -> tuple[Tensor, ControllerState]:
             inner = state.h if reads is None else torch.cat([state.h, reads], -1)
-            h, c = _cell(projected, inner, state.c, transposed)
+            h, c = lstm_cell(projected, inner, state.c, transposed)
             return h, ControllerState(h, c)
 
         return run
@@ -188,40 +208,6 @@ class LSTMController(nn.Module):
         return self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
 
 
-def _transformed() -> bool:
-    """Whether torch.compile or a torch.func transform is at work: the fused LSTM allows neither."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _cell(
-    projected: Tensor, inner: Tensor, c: Tensor, transposed_weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gates = projected + inner @ transposed_weight, in PyTorch's order i, f, g, o -> h and c."""
-    hidden = c.shape[-1]
-    gates = torch.addmm(projected, inner, transposed_weight)
-    i_and_f, g, o = gates.split([2 * hidden, hidden, hidden], -1)
-    i, f = i_and_f.sigmoid().chunk(2, -1)
-    c = f * c + i * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
-def _loop(
-    x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor,
-    bias_hh: Tensor, reset_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The LSTM in plain operations: x (T, B, I) -> h of every step (T, B, H), the last h and c."""
-    if x.shape[0] == 0:
-        return x.new_zeros(0, *h.shape), h, c
-    transposed, outputs = weight_hh.t(), []
-    # unbind, not [t]: the gradient of an index is as large as the whole.
-    for t, projected in enumerate(F.linear(x, weight_ih, bias_ih + bias_hh).unbind()):
-        if reset_mask is not None:
-            h, c = ControllerState(h, c).reset(reset_mask[t])
-        h, c = _cell(projected, h, c, transposed)
-        outputs.append(h)
-    return torch.stack(outputs), h, c
-
-
 class _FusedLSTM(torch.autograd.Function):
     """PyTorch's fused LSTM; its second derivatives, which that lacks, come from the loop."""
 
@@ -241,14 +227,15 @@ class _FusedLSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        twice = torch.is_grad_enabled()
-        inputs = ctx.saved_tensors if twice else ctx.copies
-        outputs = _loop(*inputs) if twice else ctx.outputs
+        if torch.is_grad_enabled():
+            # Not autograd.grad of the loop: h may depend on the weights, and that path is not ours.
+            gradients: tuple[Tensor, ...] = torch.func.vjp(lstm_loop, *ctx.saved_tensors)[1](grads)
+            return gradients
         wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
         found = torch.autograd.grad(
-            outputs, [inputs[i] for i in wanted], grads, retain_graph=True, create_graph=twice
+            ctx.outputs, [ctx.copies[i] for i in wanted], grads, retain_graph=True
         )
-        result: list[Tensor | None] = [None] * len(inputs)
+        result: list[Tensor | None] = [None] * len(ctx.copies)
         for i, grad in zip(wanted, found, strict=True):
             result[i] = grad
         return tuple(result)

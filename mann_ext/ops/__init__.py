@@ -2,12 +2,15 @@
 
 from mann_ext.ops.content import ContentRead, content_read
 from mann_ext.ops.lrua import HISTORY_BUDGET, LRUAScanOutput, lrua_scan, lrua_step
+from mann_ext.ops.lstm import LSTMScanOutput, lstm_scan
 
 __all__ = [
     "HISTORY_BUDGET",
     "ContentRead",
     "LRUAScanOutput",
+    "LSTMScanOutput",
     "content_read",
     "lrua_scan",
     "lrua_step",
+    "lstm_scan",
 ]

@@ -1,0 +1,188 @@
+// lstm_scan on the CPU: allocation, choice of instruction set, and threads.
+#include "cpu/lstm.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/driver.h"
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace mann_ext::lstm {
+namespace {
+
+const Kernels& kernels(ScalarType dtype) {
+  const bool float64 = dtype == ScalarType::Double;
+#if defined(__x86_64__)
+  if (current_isa() == Isa::avx512) return avx512::lstm_kernels(float64);
+  if (current_isa() == Isa::avx2) return avx2::lstm_kernels(float64);
+#endif
+  return baseline::lstm_kernels(float64);
+}
+
+// body(first, end) over rows, shared between the threads in whole tiles.
+template <class Body>
+void parallel_rows(int64_t rows, const Body& body) {
+  constexpr int64_t kTile = 8;
+  parallel((rows + kTile - 1) / kTile,
+           [&](int64_t begin, int64_t end) { body(begin * kTile, std::min(rows, end * kTile)); });
+}
+
+// body(room, first, end) over groups of the batch: few large ones, but one for every thread.
+template <class Body>
+void parallel_groups(const Kernels& k, int64_t batch, int64_t hidden, const Body& body) {
+  if (batch == 0) return;
+  const int64_t wanted = std::max((batch + kGroup - 1) / kGroup, std::min(batch, max_threads()));
+  const int64_t size = (batch + wanted - 1) / wanted;
+  parallel((batch + size - 1) / size, [&](int64_t begin, int64_t end) {
+    const lrua::Scratch room = lrua::allocate(kStateParts * kGroup * hidden * k.bytes);
+    for (int64_t group = begin; group < end; ++group)
+      body(room.get(), group * size, std::min(batch, (group + 1) * size));
+  });
+}
+
+lrua::Scratch allocate_panels(const Kernels& k, int64_t columns, int64_t depth) {
+  return lrua::allocate(panels(columns, k.width) * k.width * depth * k.bytes);
+}
+
+void check_inputs(const char* op, const Tensor& x, const Tensor& h, const Tensor& c,
+                  const Tensor& weight_ih, const Tensor& weight_hh,
+                  const std::optional<Tensor>& reset) {
+  require(x.dim() == 3 && h.dim() == 2, std::string(op) +
+                                            ": expected x (T, B, I) and h (B, H), "
+                                            "got " +
+                                            shape_text(x) + " and " + shape_text(h));
+  const ScalarType dtype = x.scalar_type();
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double,
+          std::string(op) + ": x must be float32 or float64");
+  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), H = h.size(1);
+  require(I > 0 && H > 0, std::string(op) + ": x and h must have columns");
+  check_tensor(op, "x", x, {T, B, I}, dtype);
+  check_tensor(op, "h", h, {B, H}, dtype);
+  check_tensor(op, "c", c, {B, H}, dtype);
+  check_tensor(op, "weight_ih", weight_ih, {4 * H, I}, dtype);
+  check_tensor(op, "weight_hh", weight_hh, {4 * H, H}, dtype);
+  check_tensor(op, "reset", reset, {T, B}, ScalarType::Bool);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h, Tensor c,
+                                                             Tensor weight_ih, Tensor weight_hh,
+                                                             Tensor bias_ih, Tensor bias_hh,
+                                                             std::optional<Tensor> reset,
+                                                             bool save_for_backward) {
+  constexpr const char* op = "lstm_scan";
+  check_inputs(op, x, h, c, weight_ih, weight_hh, reset);
+  const ScalarType dtype = x.scalar_type();
+  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), H = h.size(1);
+  check_tensor(op, "bias_ih", bias_ih, {4 * H}, dtype);
+  check_tensor(op, "bias_hh", bias_hh, {4 * H}, dtype);
+  Tensor hidden = new_tensor(x, {T, B, H}, dtype);
+  Tensor h_out = new_tensor(x, {B, H}, dtype);
+  Tensor c_out = new_tensor(x, {B, H}, dtype);
+  Tensor gates = new_tensor(x, {T, B, 4 * H}, dtype);
+  Tensor cells = save_for_backward ? new_tensor(x, {T, B, H}, dtype) : new_tensor(x, {0}, dtype);
+
+  const Kernels& k = kernels(dtype);
+  const lrua::Scratch input_panels = allocate_panels(k, 4 * H, I);
+  const lrua::Scratch state_panels = allocate_panels(k, 4 * H, H);
+  const Scan s{T,
+               B,
+               I,
+               H,
+               x.const_data_ptr(),
+               h.const_data_ptr(),
+               c.const_data_ptr(),
+               weight_ih.const_data_ptr(),
+               weight_hh.const_data_ptr(),
+               bias_ih.const_data_ptr(),
+               bias_hh.const_data_ptr(),
+               static_cast<const bool*>(data(reset)),
+               input_panels.get(),
+               state_panels.get(),
+               hidden.mutable_data_ptr(),
+               h_out.mutable_data_ptr(),
+               c_out.mutable_data_ptr(),
+               gates.mutable_data_ptr(),
+               save_for_backward ? cells.mutable_data_ptr() : nullptr};
+  if (T > 0 && B > 0) {
+    parallel(2 * panels(4 * H, k.width), [&](int64_t i, int64_t end) { k.pack(s, i, end); });
+    parallel_rows(T * B, [&](int64_t i, int64_t end) { k.project(s, i, end); });
+  }
+  parallel_groups(k, B, H, [&](void* room, int64_t i, int64_t end) { k.scan(s, room, i, end); });
+  return {hidden, h_out, c_out, save_for_backward ? gates : new_tensor(x, {0}, dtype), cells};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
+    std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_h_out,
+    std::optional<Tensor> grad_c_out, Tensor x, Tensor h, Tensor c, Tensor weight_ih,
+    Tensor weight_hh, std::optional<Tensor> reset, Tensor hidden, Tensor gates, Tensor cells,
+    bool need_x_grad) {
+  constexpr const char* op = "lstm_scan_backward";
+  check_inputs(op, x, h, c, weight_ih, weight_hh, reset);
+  const ScalarType dtype = x.scalar_type();
+  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), H = h.size(1);
+  check_tensor(op, "grad_hidden", grad_hidden, {T, B, H}, dtype);
+  check_tensor(op, "grad_h_out", grad_h_out, {B, H}, dtype);
+  check_tensor(op, "grad_c_out", grad_c_out, {B, H}, dtype);
+  check_tensor(op, "hidden", hidden, {T, B, H}, dtype);
+  check_tensor(op, "gates", gates, {T, B, 4 * H}, dtype);
+  check_tensor(op, "cells", cells, {T, B, H}, dtype);
+  Tensor grad_x = need_x_grad ? new_tensor(x, {T, B, I}, dtype) : new_tensor(x, {0}, dtype);
+  Tensor grad_h = new_tensor(x, {B, H}, dtype);
+  Tensor grad_c = new_tensor(x, {B, H}, dtype);
+  Tensor grad_weight_ih = new_tensor(x, {4 * H, I}, dtype);
+  Tensor grad_weight_hh = new_tensor(x, {4 * H, H}, dtype);
+  Tensor grad_bias = new_tensor(x, {4 * H}, dtype);
+
+  const Kernels& k = kernels(dtype);
+  const lrua::Scratch x_panels = allocate_panels(k, I, T * B);
+  const lrua::Scratch previous_panels = allocate_panels(k, H, T * B);
+  const lrua::Scratch state_panels = allocate_panels(k, H, 4 * H);
+  const lrua::Scratch input_panels =
+      need_x_grad ? allocate_panels(k, I, 4 * H) : lrua::Scratch(nullptr);
+  const lrua::Scratch grad_gates = lrua::allocate(T * B * 4 * H * k.bytes);
+  const ScanBackward s{T,
+                       B,
+                       I,
+                       H,
+                       data(grad_hidden),
+                       data(grad_h_out),
+                       data(grad_c_out),
+                       x.const_data_ptr(),
+                       h.const_data_ptr(),
+                       c.const_data_ptr(),
+                       weight_ih.const_data_ptr(),
+                       weight_hh.const_data_ptr(),
+                       static_cast<const bool*>(data(reset)),
+                       hidden.const_data_ptr(),
+                       gates.const_data_ptr(),
+                       cells.const_data_ptr(),
+                       x_panels.get(),
+                       previous_panels.get(),
+                       state_panels.get(),
+                       input_panels.get(),
+                       grad_gates.get(),
+                       need_x_grad ? grad_x.mutable_data_ptr() : nullptr,
+                       grad_h.mutable_data_ptr(),
+                       grad_c.mutable_data_ptr(),
+                       grad_weight_ih.mutable_data_ptr(),
+                       grad_weight_hh.mutable_data_ptr(),
+                       grad_bias.mutable_data_ptr()};
+  const int64_t of_inputs = panels(I, k.width);
+  parallel(of_inputs + panels(H, k.width) + (need_x_grad ? of_inputs : 0),
+           [&](int64_t i, int64_t end) { k.pack_backward(s, i, end); });
+  parallel_groups(k, B, H,
+                  [&](void* room, int64_t i, int64_t end) { k.scan_backward(s, room, i, end); });
+  parallel_rows(4 * H, [&](int64_t i, int64_t end) { k.weight_gradients(s, i, end); });
+  if (need_x_grad)
+    parallel_rows(T * B, [&](int64_t i, int64_t end) { k.input_gradients(s, i, end); });
+  return {grad_x, grad_h, grad_c, grad_weight_ih, grad_weight_hh, grad_bias};
+}
+
+}  // namespace
+}  // namespace mann_ext::lstm
+
+STABLE_TORCH_LIBRARY_IMPL(mann_ext, CPU, m) {
+  m.impl("lstm_scan", TORCH_BOX(&mann_ext::lstm::lstm_scan));
+  m.impl("lstm_scan_backward", TORCH_BOX(&mann_ext::lstm::lstm_scan_backward));
+}
