@@ -79,9 +79,11 @@ void pack_panel(const A* b, int64_t row, int64_t column, int64_t depth, int64_t 
     for (int64_t k = 0; k < depth; ++k) pack_row<A>(b + k * row, columns, panel + k * width);
     return;
   }
-  for (int64_t n = 0; n < width; ++n)
-    for (int64_t k = 0; k < depth; ++k)
-      panel[k * width + n] = n < columns ? b[k * row + n * column] : A(0);
+  constexpr int64_t kTogether = 64;  // rows of the panel that stay in the L1 cache meanwhile
+  for (int64_t top = 0; top < depth; top += kTogether)
+    for (int64_t n = 0; n < width; ++n)
+      for (int64_t k = top; k < std::min(depth, top + kTogether); ++k)
+        panel[k * width + n] = n < columns ? b[k * row + n * column] : A(0);
 }
 
 template <class A>

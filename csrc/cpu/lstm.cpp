@@ -2,6 +2,7 @@
 #include "cpu/lstm.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <tuple>
 
 #include "cpu/driver.h"
@@ -41,8 +42,43 @@ void parallel_groups(const Kernels& k, int64_t batch, int64_t hidden, const Body
   });
 }
 
-lrua::Scratch allocate_panels(const Kernels& k, int64_t columns, int64_t depth) {
-  return lrua::allocate(panels(columns, k.width) * k.width * depth * k.bytes);
+// The scratch memory of one call. Up to kKept bytes stay with the thread for its next call: fresh
+// pages cost more than a third of what the kernels take.
+class Workspace {
+ public:
+  explicit Workspace(std::initializer_list<int64_t> parts) {
+    int64_t bytes = 0;
+    for (const int64_t part : parts) bytes += rounded(part);
+    thread_local lrua::Scratch kept;
+    thread_local int64_t kept_bytes = 0;
+    if (bytes > kKept) {
+      own_ = lrua::allocate(bytes);
+    } else if (bytes > kept_bytes) {
+      kept_bytes = 0;
+      kept.reset();
+      kept = lrua::allocate(bytes);
+      kept_bytes = bytes;
+    }
+    next_ = static_cast<char*>(own_ ? own_.get() : kept.get());
+  }
+
+  // The parts one after the other, in the order and of the sizes given.
+  void* take(int64_t bytes) {
+    void* part = next_;
+    next_ += rounded(bytes);
+    return part;
+  }
+
+ private:
+  static constexpr int64_t kKept = int64_t{32} << 20;
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  lrua::Scratch own_;
+  char* next_;
+};
+
+int64_t panel_bytes(const Kernels& k, int64_t columns, int64_t depth) {
+  return panels(columns, k.width) * k.width * depth * k.bytes;
 }
 
 void check_inputs(const char* op, const Tensor& x, const Tensor& h, const Tensor& c,
@@ -83,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h,
   Tensor cells = save_for_backward ? new_tensor(x, {T, B, H}, dtype) : new_tensor(x, {0}, dtype);
 
   const Kernels& k = kernels(dtype);
-  const lrua::Scratch input_panels = allocate_panels(k, 4 * H, I);
-  const lrua::Scratch state_panels = allocate_panels(k, 4 * H, H);
+  const int64_t of_inputs = panel_bytes(k, 4 * H, I), of_state = panel_bytes(k, 4 * H, H);
+  Workspace workspace({of_inputs, of_state});
   const Scan s{T,
                B,
                I,
@@ -97,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h,
                bias_ih.const_data_ptr(),
                bias_hh.const_data_ptr(),
                static_cast<const bool*>(data(reset)),
-               input_panels.get(),
-               state_panels.get(),
+               workspace.take(of_inputs),
+               workspace.take(of_state),
                hidden.mutable_data_ptr(),
                h_out.mutable_data_ptr(),
                c_out.mutable_data_ptr(),
@@ -135,12 +171,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
   Tensor grad_bias = new_tensor(x, {4 * H}, dtype);
 
   const Kernels& k = kernels(dtype);
-  const lrua::Scratch x_panels = allocate_panels(k, I, T * B);
-  const lrua::Scratch previous_panels = allocate_panels(k, H, T * B);
-  const lrua::Scratch state_panels = allocate_panels(k, H, 4 * H);
-  const lrua::Scratch input_panels =
-      need_x_grad ? allocate_panels(k, I, 4 * H) : lrua::Scratch(nullptr);
-  const lrua::Scratch grad_gates = lrua::allocate(T * B * 4 * H * k.bytes);
+  const int64_t of_x = panel_bytes(k, I, T * B), of_previous = panel_bytes(k, H, T * B);
+  const int64_t of_state = panel_bytes(k, H, 4 * H), of_gates = T * B * 4 * H * k.bytes;
+  const int64_t of_inputs = need_x_grad ? panel_bytes(k, I, 4 * H) : 0;
+  Workspace workspace({of_x, of_previous, of_state, of_inputs, of_gates});
   const ScanBackward s{T,
                        B,
                        I,
@@ -157,19 +191,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
                        hidden.const_data_ptr(),
                        gates.const_data_ptr(),
                        cells.const_data_ptr(),
-                       x_panels.get(),
-                       previous_panels.get(),
-                       state_panels.get(),
-                       input_panels.get(),
-                       grad_gates.get(),
+                       workspace.take(of_x),
+                       workspace.take(of_previous),
+                       workspace.take(of_state),
+                       workspace.take(of_inputs),
+                       workspace.take(of_gates),
                        need_x_grad ? grad_x.mutable_data_ptr() : nullptr,
                        grad_h.mutable_data_ptr(),
                        grad_c.mutable_data_ptr(),
                        grad_weight_ih.mutable_data_ptr(),
                        grad_weight_hh.mutable_data_ptr(),
                        grad_bias.mutable_data_ptr()};
-  const int64_t of_inputs = panels(I, k.width);
-  parallel(of_inputs + panels(H, k.width) + (need_x_grad ? of_inputs : 0),
+  const int64_t count = panels(I, k.width);
+  parallel(count + panels(H, k.width) + (need_x_grad ? count : 0),
            [&](int64_t i, int64_t end) { k.pack_backward(s, i, end); });
   parallel_groups(k, B, H,
                   [&](void* room, int64_t i, int64_t end) { k.scan_backward(s, room, i, end); });
