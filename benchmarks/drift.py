@@ -21,7 +21,7 @@ def _gradient(inputs: dict[str, Any], grad: torch.Tensor, snapshot_every: int) -
     out = op.lrua_scan(
         inputs["memory"], inputs["read_weights"], inputs["usage"], inputs["keys"],
         inputs["gates"], inputs["strengths"], None, None, 0.99, False, 1e-8, 1e-6,
-        snapshot_every, True,
+        snapshot_every, 1, True,
     )  # fmt: skip
     reads, memory_out, _, _, *history = out
     grads = op.lrua_scan_backward(

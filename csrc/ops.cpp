@@ -5,7 +5,8 @@ STABLE_TORCH_LIBRARY(mann_ext, m) {
   m.def(
       "lrua_scan(Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor gates, "
       "Tensor? strengths, Tensor? contents, Tensor? reset, float usage_decay, bool shared, "
-      "float eps, float initial_value, int snapshot_every, bool save_for_backward) -> "
+      "float eps, float initial_value, int snapshot_every, int chunk, "
+      "bool save_for_backward) -> "
       "(Tensor reads, Tensor memory_out, Tensor read_weights_out, Tensor usage_out, "
       "Tensor weight_history, Tensor slot_history, Tensor erased_rows, Tensor snapshots)");
   m.def(

@@ -3,6 +3,7 @@
 #include "cpu/lrua.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "cpu/driver.h"
@@ -19,6 +20,9 @@ const Kernels& kernels(Storage storage) {
 #endif
   return baseline::lrua_kernels(storage);
 }
+
+// From this many numbers a batch element on, the writes of several steps are deferred together.
+constexpr int64_t kDeferNumbers = int64_t{1} << 22;
 
 // As many tiles as keep the memory and its gradient within a 1 MB second-level cache.
 int64_t tiles_a_block(int64_t width, int64_t acc_bytes) {
@@ -72,19 +76,60 @@ Inputs make_inputs(const char* op, const Shape& s, const Tensor& memory, const T
                 static_cast<const bool*>(data(reset))};
 }
 
+// Steps whose writes are deferred together: what was asked for, or by size.
+int64_t steps_a_chunk(const Shape& s, ScalarType dtype, int64_t asked, bool snapshots) {
+  if (dtype != accumulation_dtype(dtype) || snapshots) return 1;
+  // A row of one to three numbers is easily all but cancelled by a write, and then its norm, kept
+  // up to date by differences, is lost.
+  if (s.width < 4) return 1;
+  if (asked == 0) {
+    // The fewest bytes. It pays where the memory does not stay in cache and rows are long.
+    if (s.slots * s.width < kDeferNumbers || s.width < 32 * s.heads) return 1;
+    asked = std::llround(2 * std::sqrt(static_cast<double>(s.width) / s.heads));
+  }
+  return std::clamp<int64_t>(std::min(asked, s.steps), 1, kMaxChunk);
+}
+
+template <class EachBlock>
+void run_in_chunks(const Forward& p, const Kernels& k, void* room, int64_t b,
+                   const EachBlock& each_block) {
+  const Shape& s = p.shape;
+  for (int64_t t = 0; t < s.steps;) {
+    int64_t end = t + 1;
+    while (end < std::min(t + p.options.chunk, s.steps) &&
+           !(p.in.reset != nullptr && p.in.reset[end * s.batch + b]))
+      ++end;
+    each_block([&](int64_t i, int64_t last) { k.chunk_turn(p, room, b, t, end - t, i, last); });
+    k.chunk_begin(p, room, b, t, end - t);
+    for (; t < end; ++t) {
+      k.chunk_step(p, room, b, t);
+      each_block([&](int64_t i, int64_t last) { k.chunk_pass(p, room, b, t, i, last); });
+      k.forward_combine(p, room, b, t);
+      each_block([&](int64_t i, int64_t last) { k.forward_weights(p, room, b, t, i, last); });
+      k.forward_select(p, room, b, t);
+    }
+  }
+  each_block([&](int64_t i, int64_t last) { k.chunk_turn(p, room, b, s.steps, 0, i, last); });
+  k.chunk_begin(p, room, b, s.steps, 0);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
     Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor gates,
     std::optional<Tensor> strengths, std::optional<Tensor> contents, std::optional<Tensor> reset,
     double usage_decay, bool shared, double eps, double initial_value, int64_t snapshot_every,
-    bool save_for_backward) {
+    int64_t chunk, bool save_for_backward) {
   Forward p{};
   const Shape s = p.shape = make_shape(memory, keys);
-  p.options = {usage_decay, eps, initial_value, shared, snapshot_every};
+  require(snapshot_every >= 0, "lrua_scan: snapshot_every must be 0 or more");
+  require(chunk >= 0 && chunk <= kMaxChunk, "lrua_scan: chunk must be 0 (chosen here) to 32");
+  const bool saves = save_for_backward && snapshot_every > 0;
+  p.options = {usage_decay,    eps,
+               initial_value,  shared,
+               snapshot_every, steps_a_chunk(s, memory.scalar_type(), chunk, saves)};
   p.in = make_inputs("lrua_scan", s, memory, read_weights, keys, gates, strengths, contents, reset);
   const ScalarType dtype = memory.scalar_type();
   const ScalarType acc = accumulation_dtype(dtype);
   check_tensor("lrua_scan", "usage", usage, {s.batch, s.slots}, acc);
-  require(snapshot_every >= 0, "lrua_scan: snapshot_every must be 0 or more");
   p.usage = usage.const_data_ptr();
 
   Tensor reads = new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc);
@@ -126,6 +171,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
       const Scratch scratch = allocate(bytes);
       void* room = scratch.get();
       k.forward_begin(p, room, b);
+      if (p.options.chunk > 1) {
+        run_in_chunks(p, k, room, b, each_block);
+        k.forward_end(p, room, b);
+        return;
+      }
       for (int64_t t = 0; t < s.steps; ++t) {
         each_block([&](int64_t i, int64_t end) { k.forward_pass(p, room, b, t, i, end); });
         k.forward_combine(p, room, b, t);
@@ -148,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
   constexpr const char* op = "lrua_scan_backward";
   Backward p{};
   const Shape s = p.shape = make_shape(memory, keys);
-  p.options = {0, eps, initial_value, shared, snapshot_every};
+  p.options = {0, eps, initial_value, shared, snapshot_every, 1};
   p.in = make_inputs(op, s, memory, read_weights, keys, gates, strengths, contents, reset);
   const ScalarType dtype = memory.scalar_type();
   const ScalarType acc = accumulation_dtype(dtype);

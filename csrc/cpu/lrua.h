@@ -14,6 +14,7 @@ namespace mann_ext::lrua {
 
 constexpr int64_t kTile = 64;
 constexpr int64_t kMaxHeads = 64;
+constexpr int64_t kMaxChunk = 32;
 
 enum class Storage { float32, float64, bfloat16, float16 };
 
@@ -30,6 +31,7 @@ struct Options {
   double usage_decay, eps, initial_value;
   bool shared;             // least_used="shared"
   int64_t snapshot_every;  // 0: none; K: M_t is stored after every K-th step
+  int64_t chunk;           // steps whose writes are deferred together; 1: none are
 };
 
 // Inputs of the scan, the same forward and backward. "acc" is double for float64, else float.
@@ -94,6 +96,15 @@ struct Kernels {
                           int64_t end);
   void (*forward_select)(const Forward&, void* scratch, int64_t b, int64_t t);
   void (*forward_end)(const Forward&, void* scratch, int64_t b);
+
+  // Deferred writes: what a chunk of `count` steps from t on replaces forward_pass by. chunk_turn
+  // finishes the chunk before it, chunk_begin prepares it, the other two are done every step.
+  void (*chunk_turn)(const Forward&, void* scratch, int64_t b, int64_t t, int64_t count,
+                     int64_t block, int64_t end);
+  void (*chunk_begin)(const Forward&, void* scratch, int64_t b, int64_t t, int64_t count);
+  void (*chunk_step)(const Forward&, void* scratch, int64_t b, int64_t t);
+  void (*chunk_pass)(const Forward&, void* scratch, int64_t b, int64_t t, int64_t block,
+                     int64_t end);
 
   int64_t (*backward_scratch_bytes)(const Backward&);
   void (*backward_begin)(const Backward&, void* scratch, int64_t b);

@@ -143,11 +143,11 @@ struct Scan {
   // dst = keep * src + sum_r weights_r contents_r^T, all heads, unscored.
   template <class D, class Src>
   static void write_tile(const Shape& s, const Src* src, D* dst, const Int* keep, const A* weights,
-                         const A* contents) {
+                         const A* contents, int64_t ahead = 0) {
     for_head_groups(s.heads, [&](int64_t r, auto G) {
       if (r == 0)
         tile_write<A, D, Src, G, false>(src, dst, s.width, keep, weights, contents, nullptr,
-                                        nullptr, nullptr, 0);
+                                        nullptr, nullptr, ahead);
       else
         tile_write<A, D, D, G, false>(dst, dst, s.width, nullptr, weights + r * kTile,
                                       contents + r * s.width, nullptr, nullptr, nullptr, 0);
@@ -193,11 +193,12 @@ struct Scan {
     S* memory;                 // tiles; a single step has those of the block at work only
     A* initial;                // [R][padded]: read weights given
     A* fresh;                  // [R][padded]: read weights after a reset, one-hot at slot 0
-    A* weights[2];             // [R][padded]: where no history is kept
+    A* weights;                // [chunk + 1][R][padded]: where no history is kept
     A* usage;                  // [padded]
     A* partial;                // [blocks][R * W reads, R totals, R shifts]
     Candidate<A>* candidates;  // [blocks][n]
     int64_t* slots;            // [n]: for the coming step
+    double* sums;              // [chunk][R]: of the weights as they were rounded
     int64_t bytes;
 
     ForwardScratch(const Forward& p, void* base) {
@@ -207,18 +208,20 @@ struct Scan {
       memory = arena.take<S>(saves_all(p) || s.steps == 1 ? 0 : s.tiles * s.width * kTile);
       initial = arena.take<A>(s.heads * s.padded);
       fresh = arena.take<A>(p.in.reset == nullptr ? 0 : s.heads * s.padded);
-      for (A*& w : weights) w = arena.take<A>(p.weight_history ? 0 : s.heads * s.padded);
+      weights = arena.take<A>(p.weight_history ? 0 : (p.options.chunk + 1) * s.heads * s.padded);
       usage = arena.take<A>(s.padded);
       partial = arena.take<A>(s.blocks * s.heads * (s.width + 2));
       candidates = arena.take<Candidate<A>>(s.blocks * s.chosen);
       slots = arena.take<int64_t>(s.chosen);
+      sums = arena.take<double>(p.options.chunk * s.heads);
       bytes = arena.used();
     }
 
     // w_t, written at step t; t = -1: what the scan was given.
     A* read_weights(const Forward& p, int64_t b, int64_t t) const {
       if (t < 0) return initial;
-      if (p.weight_history == nullptr) return weights[t % 2];
+      if (p.weight_history == nullptr)
+        return weights + t % (p.options.chunk + 1) * p.shape.heads * p.shape.padded;
       return static_cast<A*>(p.weight_history) + at(p.shape, t, b) * p.shape.heads * p.shape.padded;
     }
     const A* previous_weights(const Forward& p, int64_t b, int64_t t) const {
@@ -335,21 +338,10 @@ struct Scan {
         const bool erases =
             write_weights(s, p.options, previous, gates, scratch.slots, tile, write, kTile, keep);
         if (erases && p.erased_rows != nullptr) save_erased(p, b, t, scratch.slots, tile, src);
-        A* usage = scratch.usage + tile * kTile;
-        for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
-          Vec<A> u = static_cast<A>(p.options.usage_decay) * load<A>(usage + lane);
-          for (int64_t r = 0; r < s.heads; ++r) u += load<A>(write + r * kTile + lane);
-          store<A>(usage + lane, u);
-        }
+        decay_usage(p, scratch.usage + tile * kTile, write);
         write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots, squares,
                         s.blocks > 1 ? tile_size : 0);
-        for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
-          const Vec<A> length = square_root<A>(load<A>(squares + lane));
-          for (int64_t r = 0; r < s.heads; ++r)
-            store<A>(weights + r * s.padded + tile * kTile + lane,
-                     beta[r] * load<A>(dots + r * kTile + lane) /
-                         (key_norm[r] * length + static_cast<A>(p.options.eps)));
-        }
+        store_scores(p, dots, squares, key_norm, beta, weights + tile * kTile);
         if (t + 1 == s.steps)
           tile_to_rows(dst, static_cast<S*>(p.memory_out) + (b * s.slots + tile * kTile) * s.width,
                        tile_slots(s, tile), s.width);
@@ -358,17 +350,42 @@ struct Scan {
       }
 
       A* partial = scratch.partial + block * s.heads * (s.width + 2);
-      A* totals = partial + s.heads * s.width;
-      A* shifts = totals + s.heads;
-      for (int64_t r = 0; r < s.heads; ++r)
-        totals[r] = exponentials(s, weights + r * s.padded, tile0, tile1,
-                                 !(std::abs(beta[r]) <= A(kUnshifted)), shifts + r);
+      block_exponentials(s, weights, tile0, tile1, beta, partial + s.heads * s.width);
       for_head_groups(s.heads, [&](int64_t r, auto G) {
         column_sums<A, S, G>(memory + tile0 * tile_size, tile1 - tile0, s.width,
                              weights + r * s.padded + tile0 * kTile, s.padded,
                              partial + r * s.width);
       });
     }
+  }
+
+  // u = decay * u + sum_r w_w,r over one tile; the read weights are added when they are known.
+  static MANN_EXT_INLINE void decay_usage(const Forward& p, A* usage, const A* write) {
+    for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+      Vec<A> u = static_cast<A>(p.options.usage_decay) * load<A>(usage + lane);
+      for (int64_t r = 0; r < p.shape.heads; ++r) u += load<A>(write + r * kTile + lane);
+      store<A>(usage + lane, u);
+    }
+  }
+
+  // beta times the cosines of one tile, from its dot products and squared norms.
+  static MANN_EXT_INLINE void store_scores(const Forward& p, const A* dots, const A* squares,
+                                           const A* key_norm, const A* beta, A* scores) {
+    for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+      const Vec<A> length = square_root<A>(load<A>(squares + lane));
+      for (int64_t r = 0; r < p.shape.heads; ++r)
+        store<A>(scores + r * p.shape.padded + lane,
+                 beta[r] * load<A>(dots + r * kTile + lane) /
+                     (key_norm[r] * length + static_cast<A>(p.options.eps)));
+    }
+  }
+
+  // Scores to exponentials in place; their sums [R] and then the shifts used [R].
+  static void block_exponentials(const Shape& s, A* scores, int64_t tile0, int64_t tile1,
+                                 const A* beta, A* totals) {
+    for (int64_t r = 0; r < s.heads; ++r)
+      totals[r] = exponentials(s, scores + r * s.padded, tile0, tile1,
+                               !(std::abs(beta[r]) <= A(kUnshifted)), totals + s.heads + r);
   }
 
   static A norm(const A* v, int64_t width) {
@@ -433,7 +450,8 @@ struct Scan {
     return sum_lanes<A>(sum[0] + sum[1]);
   }
 
-  // Adds the blocks in their order: normaliser, reads, and the factor for each block's weights.
+  // Adds the blocks in their order: normaliser, reads (a chunk's come later), and the factor for
+  // each block's weights.
   static void forward_combine(const Forward& p, void* base, int64_t b, int64_t t) {
     const Shape& s = p.shape;
     const ForwardScratch scratch(p, base);
@@ -450,15 +468,19 @@ struct Scan {
         shifts[k * size] = std::exp(shifts[k * size] - top);
         total += static_cast<double>(totals[k * size]) * shifts[k * size];
       }
-      for (int64_t j = 0; j < s.width; ++j) {
+      for (int64_t j = 0; j < s.width && p.options.chunk == 1; ++j) {
         double sum = 0;
         for (int64_t k = 0; k < s.blocks; ++k)
           sum +=
               static_cast<double>(scratch.partial[k * size + r * s.width + j]) * shifts[k * size];
         reads[r * s.width + j] = static_cast<A>(sum / total);
       }
-      for (int64_t k = 0; k < s.blocks; ++k)
+      double sum = 0;
+      for (int64_t k = 0; k < s.blocks; ++k) {
         shifts[k * size] = static_cast<A>(shifts[k * size] / total);
+        sum += static_cast<double>(totals[k * size]) * shifts[k * size];
+      }
+      scratch.sums[t % p.options.chunk * s.heads + r] = sum;
     }
   }
 
@@ -875,25 +897,361 @@ struct Scan {
       std::copy(scratch.weights_grad + r * s.padded, scratch.weights_grad + r * s.padded + s.slots,
                 out + r * s.slots);
   }
+};
 
-  static const Kernels table;
+// Deferred writes. Within a chunk of steps that starts at memory M, every later memory is
+// M_t = M + sum_p A_p a_p^T, with the write weights A_p of the contents a_p written so far. So
+// k . m_t = k . m + sum_p A_p (k . a_p), and |m_t|^2 = |m_{t-1}|^2 + sum_r w_r a_r . (m_{t-1} +
+// m_t): given the dot products of all the chunk's keys with M, a step works on numbers a slot, not
+// on rows. At the chunk's end the writes and reads are made up for, a few tiles in cache at a time.
+// Slots erased within the chunk hold only what was written since; those few rows are kept as such.
+//
+// Bytes a slot and step, with C steps a chunk: 8 W / C + 20 R + 2 R (C - 1) + 24.
+template <class A>
+struct Chunks : Scan<A, A> {
+  using Base = Scan<A, A>;
+  using typename Base::ForwardScratch;
+  using typename Base::Int;
+
+  // Tiles that a chunk's steps are made up for together.
+  static constexpr int64_t kReplayTiles = 4;
+
+  struct Scratch {
+    ForwardScratch forward;
+    A* key_dots;      // [C][R][padded]: keys . M
+    A* content_dots;  // [C][R][padded]: contents . M, where they are not the keys
+    A* squares;       // [padded]: |m_t|^2
+    A* key_gram;      // [C R][C R]: contents . keys
+    A* content_gram;  // [C R][C R]: contents . contents, where they are not the keys
+    A* reads;         // [blocks][C][R][W]
+    A* rows;          // [C n][W]: of the slots erased in this chunk
+    int64_t* erased;  // [C n]: those slots
+    int64_t* counts;  // first step of the chunk, its steps, number of erased slots
+    int64_t* slots;   // [C][n]: erased at each step
+    int64_t bytes;
+
+    Scratch(const Forward& p, void* base) : forward(p, base) {
+      const Shape& s = p.shape;
+      const int64_t chunk = p.options.chunk, all = chunk * s.heads;
+      const bool apart = p.in.contents != p.in.keys;
+      Arena arena(base == nullptr ? nullptr : static_cast<char*>(base) + forward.bytes);
+      key_dots = arena.take<A>(all * s.padded);
+      content_dots = arena.take<A>(apart ? all * s.padded : 0);
+      squares = arena.take<A>(s.padded);
+      key_gram = arena.take<A>(all * all);
+      content_gram = arena.take<A>(apart ? all * all : 0);
+      reads = arena.take<A>(s.blocks * all * s.width);
+      rows = arena.take<A>(chunk * s.chosen * s.width);
+      erased = arena.take<int64_t>(chunk * s.chosen);
+      counts = arena.take<int64_t>(3);
+      slots = arena.take<int64_t>(chunk * s.chosen);
+      bytes = forward.bytes + arena.used();
+    }
+    int64_t& begin() const { return counts[0]; }
+    int64_t& steps() const { return counts[1]; }
+    int64_t& erased_count() const { return counts[2]; }
+  };
+
+  static int64_t scratch_bytes(const Forward& p) {
+    return p.options.chunk > 1 ? Scratch(p, nullptr).bytes : Base::forward_scratch_bytes(p);
+  }
+
+  // Between two chunks, one pass over the memory: the writes and reads of the last one, then the
+  // dot products for the `count` steps from t on. t = 0: nothing to make up for; count = 0: the
+  // end.
+  static void chunk_turn(const Forward& p, void* base, int64_t b, int64_t t, int64_t count,
+                         int64_t block, int64_t end) {
+    const Shape& s = p.shape;
+    const Scratch scratch(p, base);
+    const int64_t size = s.width * kTile;
+    const bool apart = p.in.contents != p.in.keys;
+    for (; block < end; ++block) {
+      const int64_t last = std::min(s.tiles, (block + 1) * s.block_tiles);
+      A* reads = scratch.reads + block * p.options.chunk * s.heads * s.width;
+      if (t > 0) std::fill(reads, reads + scratch.steps() * s.heads * s.width, A(0));
+      for (int64_t tile0 = block * s.block_tiles; tile0 < last; tile0 += kReplayTiles) {
+        const int64_t tile1 = std::min(last, tile0 + kReplayTiles);
+        if (t > 0) replay(p, scratch, b, tile0, tile1, reads);
+        for (int64_t tile = tile0; tile < tile1; ++tile) {
+          A* memory = scratch.forward.memory + tile * size;
+          if (count == 0) {
+            tile_to_rows(memory,
+                         static_cast<A*>(p.memory_out) + (b * s.slots + tile * kTile) * s.width,
+                         Base::tile_slots(s, tile), s.width);
+            continue;
+          }
+          const bool reset = Base::resets(p.in, s, t, b);
+          if (t == 0 || reset) Base::initial_tile(p.in, s, p.options, b, tile, !reset, memory);
+          for (int64_t u = 0; u < count; ++u) {
+            const int64_t row = u * s.heads * s.padded + tile * kTile;
+            dot_products(s, memory, Base::key(p.in, s, t + u, b), scratch.key_dots + row,
+                         u == 0 ? scratch.squares + tile * kTile : nullptr);
+            if (apart)
+              dot_products(s, memory, Base::content(p.in, s, t + u, b), scratch.content_dots + row,
+                           nullptr);
+          }
+        }
+      }
+    }
+  }
+
+  static void dot_products(const Shape& s, const A* memory, const A* vectors, A* dots, A* squares) {
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      if (squares != nullptr && r == 0)
+        tile_score<A, A, G, true>(memory, s.width, vectors, dots, s.padded, squares);
+      else
+        tile_score<A, A, G>(memory, s.width, vectors + r * s.width, dots + r * s.padded, s.padded);
+    });
+  }
+
+  static void replay(const Forward& p, const Scratch& scratch, int64_t b, int64_t tile0,
+                     int64_t tile1, A* reads) {
+    const Shape& s = p.shape;
+    const int64_t size = s.width * kTile;
+    A* memory = scratch.forward.memory;
+    Arena room(thread_scratch<0>((s.heads * kTile + s.heads * s.width) * sizeof(A) +
+                                 kTile * sizeof(Int) + 1024));
+    A* write = room.take<A>(s.heads * kTile);
+    A* sums = room.take<A>(s.heads * s.width);
+    Int* keep = room.take<Int>(kTile);
+    for (int64_t u = 0; u < scratch.steps(); ++u) {
+      const int64_t t = scratch.begin() + u;
+      const A* previous = scratch.forward.previous_weights(p, b, t);
+      const A* weights = scratch.forward.read_weights(p, b, t);
+      const int64_t* slots = scratch.slots + u * s.chosen;
+      for (int64_t tile = tile0; tile < tile1; ++tile) {
+        A* m = memory + tile * size;
+        const bool erases = Base::write_weights(s, p.options, previous, Base::gate(p.in, s, t, b),
+                                                slots, tile, write, kTile, keep);
+        if (erases && p.erased_rows != nullptr) Base::save_erased(p, b, t, slots, tile, m);
+        Base::write_tile(s, m, m, erases ? keep : nullptr, write, Base::content(p.in, s, t, b),
+                         u == 0 ? kReplayTiles * size : 0);
+      }
+      for_head_groups(s.heads, [&](int64_t r, auto G) {
+        column_sums<A, A, G>(memory + tile0 * size, tile1 - tile0, s.width,
+                             weights + r * s.padded + tile0 * kTile, s.padded, sums + r * s.width);
+      });
+      A* total = reads + u * s.heads * s.width;
+      for (int64_t i = 0; i < s.heads * s.width; ++i) total[i] += sums[i];
+    }
+  }
+
+  // The reads of the chunk before, added over the blocks, and the Gram matrices of this one.
+  static void chunk_begin(const Forward& p, void* base, int64_t b, int64_t t, int64_t count) {
+    const Shape& s = p.shape;
+    const Scratch scratch(p, base);
+    const int64_t rw = s.heads * s.width;
+    if (t > 0)
+      for (int64_t u = 0; u < scratch.steps(); ++u) {
+        const int64_t last = scratch.begin() + u;
+        A* reads = static_cast<A*>(p.reads) + Base::at(s, last, b) * rw;
+        // The backward pass takes a read for the mean of the rows under weights that sum to one.
+        const double* sums = scratch.forward.sums + last % p.options.chunk * s.heads;
+        for (int64_t i = 0; i < rw; ++i) {
+          double sum = 0;
+          for (int64_t k = 0; k < s.blocks; ++k)
+            sum += scratch.reads[(k * p.options.chunk + u) * rw + i];
+          reads[i] = static_cast<A>(sum / sums[i / s.width]);
+        }
+      }
+    scratch.begin() = t;
+    scratch.steps() = count;
+    scratch.erased_count() = 0;
+    gram(p, b, t, count, &Base::key, scratch.key_gram);
+    if (p.in.contents != p.in.keys) gram(p, b, t, count, &Base::content, scratch.content_gram);
+  }
+
+  // gram[u R + q][v R + r] = content q of step t + u . vector r of step t + v, where u <= v.
+  template <class Vectors>
+  static void gram(const Forward& p, int64_t b, int64_t t, int64_t count, const Vectors& vectors,
+                   A* gram) {
+    const Shape& s = p.shape;
+    const int64_t all = p.options.chunk * s.heads;
+    for (int64_t v = 0; v < count; ++v)
+      for (int64_t r = 0; r < s.heads; ++r) {
+        const A* y = vectors(p.in, s, t + v, b) + r * s.width;
+        for (int64_t q = 0; q < (v + 1) * s.heads; ++q) {
+          const A* x = Base::content(p.in, s, t + q / s.heads, b) + q % s.heads * s.width;
+          double sum = 0;
+          for (int64_t j = 0; j < s.width; ++j) sum += static_cast<double>(x[j]) * y[j];
+          gram[q * all + v * s.heads + r] = static_cast<A>(sum);
+        }
+      }
+  }
+
+  // The slots that step t erases join the rows kept apart.
+  static void chunk_step(const Forward& p, void* base, int64_t, int64_t t) {
+    const Shape& s = p.shape;
+    const Scratch scratch(p, base);
+    std::copy(scratch.forward.slots, scratch.forward.slots + s.chosen,
+              scratch.slots + (t - scratch.begin()) * s.chosen);
+    for (int64_t i = 0; i < s.chosen; ++i) {
+      const int64_t slot = scratch.forward.slots[i];
+      int64_t at = 0;
+      while (at < scratch.erased_count() && scratch.erased[at] != slot) ++at;
+      if (at == scratch.erased_count()) scratch.erased[scratch.erased_count()++] = slot;
+      std::fill(scratch.rows + at * s.width, scratch.rows + (at + 1) * s.width, A(0));
+    }
+  }
+
+  // forward_pass without the memory: writes are known by their weights, reads are left for later.
+  static void chunk_pass(const Forward& p, void* base, int64_t b, int64_t t, int64_t block,
+                         int64_t end) {
+    const Shape& s = p.shape;
+    const Scratch scratch(p, base);
+    const ForwardScratch& forward = scratch.forward;
+    const int64_t step = t - scratch.begin(), before = step * s.heads;
+    const int64_t all = p.options.chunk * s.heads;
+    const bool apart = p.in.contents != p.in.keys;
+    const A* previous = forward.previous_weights(p, b, t);
+    A* weights = forward.read_weights(p, b, t);
+    const A* gates = Base::gate(p.in, s, t, b);
+    const A* keys = Base::key(p.in, s, t, b);
+    const A* contents = Base::content(p.in, s, t, b);
+
+    Arena room(thread_scratch<0>((5 * s.heads + 1) * kTile * sizeof(A) +
+                                 2 * before * s.heads * sizeof(A) + kTile * sizeof(Int) + 1024));
+    A* write = room.take<A>(s.heads * kTile);
+    A* old_dots = room.take<A>(s.heads * kTile);  // contents . m_{t-1}
+    A* new_dots = room.take<A>(s.heads * kTile);  // contents . m_t
+    A* dots = room.take<A>(s.heads * kTile);      // keys . m_t, where the contents are not they
+    A* key_mix = room.take<A>(before * s.heads);
+    A* content_mix = room.take<A>(before * s.heads);
+    Int* keep = room.take<Int>(kTile);
+
+    // What was written before, by the weights it was made of: A = gate * previous weights.
+    const A* rows[kMaxChunk * kMaxHeads];
+    const A* now[kMaxHeads];
+    for (int64_t u = 0; u < step; ++u) {
+      const A* from = forward.previous_weights(p, b, scratch.begin() + u);
+      const A* gate = Base::gate(p.in, s, scratch.begin() + u, b);
+      for (int64_t r = 0; r < s.heads; ++r) {
+        const int64_t q = u * s.heads + r;
+        rows[q] = from + r * s.padded;
+        for (int64_t h = 0; h < s.heads; ++h) {
+          key_mix[q * s.heads + h] = gate[r] * scratch.key_gram[q * all + before + h];
+          if (apart)
+            content_mix[q * s.heads + h] = gate[r] * scratch.content_gram[q * all + before + h];
+        }
+      }
+    }
+    for (int64_t r = 0; r < s.heads; ++r) now[r] = write + r * kTile;
+    A key_norm[kMaxHeads], beta[kMaxHeads];
+    for (int64_t r = 0; r < s.heads; ++r) {
+      key_norm[r] = Base::norm(keys + r * s.width, s.width);
+      beta[r] = Base::strength(p.in, s, t, b, r);
+    }
+    const A* key_now = scratch.key_gram + before * all + before;
+    const A* content_now = scratch.content_gram + before * all + before;
+
+    for (; block < end; ++block) {
+      const int64_t tile0 = block * s.block_tiles;
+      const int64_t tile1 = std::min(s.tiles, tile0 + s.block_tiles);
+      int64_t here[kMaxChunk * kMaxHeads], erased_here = 0;
+      for (int64_t i = 0; i < scratch.erased_count(); ++i)
+        if (scratch.erased[i] / kTile >= tile0 && scratch.erased[i] / kTile < tile1)
+          here[erased_here++] = i;
+      for (int64_t tile = tile0; tile < tile1; ++tile) {
+        const int64_t slot0 = tile * kTile, row = before * s.padded + slot0;
+        A* squares = scratch.squares + slot0;
+        Base::write_weights(s, p.options, previous, gates, forward.slots, tile, write, kTile, keep);
+        Base::decay_usage(p, forward.usage + slot0, write);
+        if (apart) {
+          mix(s, scratch.content_dots + row, s.padded, rows, before, slot0, content_mix, s.heads,
+              old_dots);
+          mix(s, old_dots, kTile, now, s.heads, 0, content_now, all, new_dots);
+          mix(s, scratch.key_dots + row, s.padded, rows, before, slot0, key_mix, s.heads, dots);
+          mix(s, dots, kTile, now, s.heads, 0, key_now, all, dots);
+        } else {
+          mix(s, scratch.key_dots + row, s.padded, rows, before, slot0, key_mix, s.heads, old_dots);
+          mix(s, old_dots, kTile, now, s.heads, 0, key_now, all, new_dots);
+        }
+        A* key_dots = apart ? dots : new_dots;
+        for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
+          Vec<A> square = load<A>(squares + lane);
+          for (int64_t r = 0; r < s.heads; ++r) {
+            const int64_t i = r * kTile + lane;
+            square += load<A>(write + i) * (load<A>(old_dots + i) + load<A>(new_dots + i));
+          }
+          store<A>(squares + lane, square < A(0) ? Vec<A>{} : square);  // NaN stays
+        }
+        for (int64_t i = 0; i < erased_here; ++i) {
+          const int64_t lane = scratch.erased[here[i]] - slot0;
+          if (lane < 0 || lane >= kTile) continue;
+          write_row(s, scratch.rows + here[i] * s.width, write + lane, contents, keys,
+                    key_dots + lane, squares + lane);
+        }
+        Base::store_scores(p, key_dots, squares, key_norm, beta, weights + slot0);
+      }
+      A* totals = forward.partial + block * s.heads * (s.width + 2) + s.heads * s.width;
+      Base::block_exponentials(s, weights, tile0, tile1, beta, totals);
+    }
+  }
+
+  static MANN_EXT_INLINE void mix(const Shape& s, const A* start, int64_t start_stride,
+                                  const A* const* rows, int64_t count, int64_t offset,
+                                  const A* factors, int64_t stride, A* out) {
+    for_head_groups(s.heads, [&](int64_t r, auto G) {
+      tile_mix<A, G>(start + r * start_stride, start_stride, rows, count, offset, factors + r,
+                     stride, out + r * kTile);
+    });
+  }
+
+  // One row written and addressed as it is; `weights` and `dots` have a stride of kTile.
+  static void write_row(const Shape& s, A* row, const A* weights, const A* contents, const A* keys,
+                        A* dots, A* square) {
+    double sum = 0;
+    for (int64_t j = 0; j < s.width; ++j) {
+      for (int64_t r = 0; r < s.heads; ++r)
+        row[j] += weights[r * kTile] * contents[r * s.width + j];
+      sum += static_cast<double>(row[j]) * row[j];
+    }
+    *square = static_cast<A>(sum);
+    for (int64_t r = 0; r < s.heads; ++r) {
+      double dot = 0;
+      for (int64_t j = 0; j < s.width; ++j)
+        dot += static_cast<double>(row[j]) * keys[r * s.width + j];
+      dots[r * kTile] = static_cast<A>(dot);
+    }
+  }
 };
 
 template <class A, class S>
-const Kernels Scan<A, S>::table = {forward_scratch_bytes, forward_begin,          forward_pass,
-                                   forward_combine,       forward_weights,        forward_select,
-                                   forward_end,           backward_scratch_bytes, backward_begin,
-                                   backward_pass,         backward_combine,       backward_end};
+Kernels make_table() {
+  using K = Scan<A, S>;
+  Kernels table{K::forward_scratch_bytes,
+                K::forward_begin,
+                K::forward_pass,
+                K::forward_combine,
+                K::forward_weights,
+                K::forward_select,
+                K::forward_end,
+                nullptr,
+                nullptr,
+                nullptr,
+                nullptr,
+                K::backward_scratch_bytes,
+                K::backward_begin,
+                K::backward_pass,
+                K::backward_combine,
+                K::backward_end};
+  // A 16-bit memory is rounded at every step, so its writes cannot wait.
+  if constexpr (std::is_same_v<A, S>) {
+    table.forward_scratch_bytes = Chunks<A>::scratch_bytes;
+    table.chunk_turn = Chunks<A>::chunk_turn;
+    table.chunk_begin = Chunks<A>::chunk_begin;
+    table.chunk_step = Chunks<A>::chunk_step;
+    table.chunk_pass = Chunks<A>::chunk_pass;
+  }
+  return table;
+}
 
 }  // namespace
 
 const Kernels& lrua_kernels(Storage storage) {
-  switch (storage) {
-    case Storage::float64: return Scan<double, double>::table;
-    case Storage::bfloat16: return Scan<float, BFloat16>::table;
-    case Storage::float16: return Scan<float, Half>::table;
-    default: return Scan<float, float>::table;
-  }
+  static const Kernels tables[] = {make_table<float, float>(), make_table<double, double>(),
+                                   make_table<float, BFloat16>(), make_table<float, Half>()};
+  return tables[static_cast<int>(storage)];
 }
 
 }  // namespace MANN_EXT_ISA

@@ -87,21 +87,54 @@ inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t w
   }
 }
 
-// dots_g = m . rows_g over one tile, for heads that tile_write did not score.
-template <class A, class S, int G>
+// dots_g = m . rows_g over one tile, for heads that tile_write did not score, and (Squares) |m|^2.
+template <class A, class S, int G, bool Squares = false>
 inline __attribute__((noinline)) void tile_score(const S* tile, int64_t width, const A* rows,
-                                                 A* dots) {
+                                                 A* dots, int64_t dots_stride = kTile,
+                                                 A* squares = nullptr) {
   constexpr int L = kLanes<A>;
-  for (int64_t lane = 0; lane < kTile; lane += L) {
+  constexpr int V = kTogether;
+  for (int64_t lane = 0; lane < kTile; lane += V * L) {
     for (int64_t j0 = 0; j0 < width; j0 += kColumns) {
       const int64_t j1 = j0 + kColumns < width ? j0 + kColumns : width;
-      Vec<A> dot[G] = {};
+      Vec<A> dot[G][V] = {}, square[V] = {};
       for (int64_t j = j0; j < j1; ++j) {
-        const Vec<A> m = load<A>(tile + j * kTile + lane);
-        for (int g = 0; g < G; ++g) dot[g] += m * rows[g * width + j];
+        Vec<A> m[V];
+        for (int v = 0; v < V; ++v) m[v] = load<A>(tile + j * kTile + lane + v * L);
+        for (int g = 0; g < G; ++g)
+          for (int v = 0; v < V; ++v) dot[g][v] += m[v] * rows[g * width + j];
+        if constexpr (Squares)
+          for (int v = 0; v < V; ++v) square[v] += m[v] * m[v];
       }
-      for (int g = 0; g < G; ++g) store_run<A>(dots + g * kTile + lane, dot[g], j0 == 0);
+      for (int v = 0; v < V; ++v) {
+        for (int g = 0; g < G; ++g)
+          store_run<A>(dots + g * dots_stride + lane + v * L, dot[g][v], j0 == 0);
+        if constexpr (Squares) store_run<A>(squares + lane + v * L, square[v], j0 == 0);
+      }
     }
+  }
+}
+
+// out_g = start_g + sum_q rows_q mix_{q,g} over one tile: what `count` deferred writes with weights
+// rows_q add to a dot product with the memory as it was before them.
+template <class A, int G>
+inline __attribute__((noinline)) void tile_mix(const A* start, int64_t start_stride,
+                                               const A* const* rows, int64_t count, int64_t offset,
+                                               const A* mix, int64_t mix_stride, A* out) {
+  constexpr int L = kLanes<A>;
+  constexpr int V = kTogether;
+  for (int64_t lane = 0; lane < kTile; lane += V * L) {
+    Vec<A> sum[G][V];
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < V; ++v) sum[g][v] = load<A>(start + g * start_stride + lane + v * L);
+    for (int64_t q = 0; q < count; ++q) {
+      Vec<A> w[V];
+      for (int v = 0; v < V; ++v) w[v] = load<A>(rows[q] + offset + lane + v * L);
+      for (int g = 0; g < G; ++g)
+        for (int v = 0; v < V; ++v) sum[g][v] += w[v] * mix[q * mix_stride + g];
+    }
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < V; ++v) store<A>(out + g * kTile + lane + v * L, sum[g][v]);
   }
 }
 

@@ -22,6 +22,7 @@ More than a cache holds is slower to save and load than to undo."""
 
 _TILE = 64  # slots a tile of the native layout; rows of weights are padded to a multiple
 _MAX_HEADS = 64
+_MAX_CHUNK = 32
 
 
 class LRUAScanOutput(NamedTuple):
@@ -49,6 +50,7 @@ def lrua_scan(
     initial_value: float = 1e-6,
     history_budget: int | None = None,
     snapshot_every: int | None = None,
+    chunk: int | None = None,
 ) -> LRUAScanOutput:
     """T steps of the LRUA memory of Santoro et al. (2016), eqs. 2-8 and 17-23.
 
@@ -86,6 +88,11 @@ def lrua_scan(
             exact that is. Default: ``HISTORY_BUDGET``.
         snapshot_every: overrides the budget: 1 saves every M_t, 0 none (pure rollback), K every
             K-th.
+        chunk: steps, at most 32, whose writes are deferred and made up for in one pass over a
+            memory that does not fit in cache: the same numbers to rounding from up to 4 times fewer
+            bytes. 1: none; None: as many as move the fewest bytes where that pays (large memories
+            with W >= 32 R). Never deferred: 16-bit memories, memories with snapshots, fewer than 4
+            columns, and the backward pass.
 
     Returns:
         reads (T, B, R, W), and memory, read_weights and usage after the last step.
@@ -96,11 +103,11 @@ def lrua_scan(
     """
     _check(
         "lrua_scan", memory, read_weights, usage, keys, gates, strengths, contents, reset,
-        usage_decay, least_used, eps, snapshot_every,
+        usage_decay, least_used, eps, snapshot_every, chunk,
     )  # fmt: skip
     return _run(
         "lrua_scan", memory, read_weights, usage, keys, gates, strengths, contents, reset,
-        usage_decay, least_used, eps, initial_value, history_budget, snapshot_every,
+        usage_decay, least_used, eps, initial_value, history_budget, snapshot_every, chunk,
     )  # fmt: skip
 
 
@@ -108,7 +115,7 @@ def _run(
     op: str, memory: Tensor, read_weights: Tensor, usage: Tensor, keys: Tensor, gates: Tensor,
     strengths: Tensor | None, contents: Tensor | None, reset: Tensor | None, usage_decay: float,
     least_used: LeastUsed, eps: float, initial_value: float, history_budget: int | None,
-    snapshot_every: int | None,
+    snapshot_every: int | None, chunk: int | None,
 ) -> LRUAScanOutput:  # fmt: skip
     acc = reference.accumulation_dtype(memory.dtype)
     read_weights, usage, keys, gates = (x.to(acc) for x in (read_weights, usage, keys, gates))
@@ -137,7 +144,7 @@ def _run(
         op, _Scan, memory, read_weights.contiguous(), usage.contiguous(), keys.contiguous(),
         gates.contiguous(), _contiguous(strengths), _contiguous(contents), _contiguous(reset),
         float(usage_decay), least_used == "shared", float(eps), float(initial_value),
-        int(snapshot_every), save,
+        int(snapshot_every), 0 if chunk is None else int(chunk), save,
     )  # fmt: skip
     return LRUAScanOutput(*output[:4])
 
@@ -175,13 +182,13 @@ def lrua_step(
     """
     _check(
         "lrua_step", memory, read_weights, usage, keys, gates, strengths, contents, None,
-        usage_decay, least_used, eps, None,
+        usage_decay, least_used, eps, None, None,
     )  # fmt: skip
     output = _run(
         "lrua_step", memory, read_weights, usage, keys.unsqueeze(0), gates.unsqueeze(0),
         None if strengths is None else strengths.unsqueeze(0),
         None if contents is None else contents.unsqueeze(0), None,
-        usage_decay, least_used, eps, 0.0, None, None,
+        usage_decay, least_used, eps, 0.0, None, None, None,
     )  # fmt: skip
     return output._replace(reads=output.reads.squeeze(0))
 
@@ -208,6 +215,7 @@ def _check(
     least_used: str,
     eps: float,
     snapshot_every: int | None,
+    chunk: int | None,
 ) -> None:
     required = {
         "memory": memory, "read_weights": read_weights, "usage": usage, "keys": keys,
@@ -269,6 +277,10 @@ def _check(
         raise ValueError(
             f"{op}: expected snapshot_every of 0 or more, got {snapshot_every}; 0 rolls back"
         )
+    if chunk is not None and not 1 <= chunk <= _MAX_CHUNK:
+        raise ValueError(
+            f"{op}: expected chunk from 1 to {_MAX_CHUNK}, got {chunk}; None chooses by size"
+        )
     if not 0 <= usage_decay <= 1:
         raise ValueError(f"{op}: expected usage_decay in [0, 1], got {usage_decay}")
 
@@ -281,17 +293,17 @@ class _Scan(torch.autograd.Function):
     def forward(
         memory: Any, read_weights: Any, usage: Any, keys: Any, gates: Any, strengths: Any,
         contents: Any, reset: Any, usage_decay: float, shared: bool, eps: float,
-        initial_value: float, snapshot_every: int, save_for_backward: bool,
+        initial_value: float, snapshot_every: int, chunk: int, save_for_backward: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return torch.ops.mann_ext.lrua_scan(
             memory, read_weights, usage, keys, gates, strengths, contents, reset, usage_decay,
-            shared, eps, initial_value, snapshot_every, save_for_backward,
+            shared, eps, initial_value, snapshot_every, chunk, save_for_backward,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         memory, read_weights, _, keys, gates, strengths, contents, reset = inputs[:8]
-        _, ctx.shared, ctx.eps, ctx.initial_value, ctx.snapshot_every, _ = inputs[8:]
+        _, ctx.shared, ctx.eps, ctx.initial_value, ctx.snapshot_every, _, _ = inputs[8:]
         reads, memory_out, _, usage_out, *history = output
         ctx.mark_non_differentiable(usage_out, *history)
         ctx.set_materialize_grads(False)
@@ -315,7 +327,7 @@ class _Scan(torch.autograd.Function):
         return (
             out[0] if ctx.needs_input_grad[0] else None, out[1], None, out[2], out[3],
             None if strengths is None else out[4], None if contents is None else out[5],
-            *[None] * 7,
+            *[None] * 8,
         )  # fmt: skip
 
     @staticmethod
@@ -429,7 +441,8 @@ class _ScanBackward(torch.autograd.Function):
 def _scan_fake(
     memory: Tensor, read_weights: Tensor, usage: Tensor, keys: Tensor, gates: Tensor,
     strengths: Tensor | None, contents: Tensor | None, reset: Tensor | None, usage_decay: float,
-    shared: bool, eps: float, initial_value: float, snapshot_every: int, save_for_backward: bool,
+    shared: bool, eps: float, initial_value: float, snapshot_every: int, chunk: int,
+    save_for_backward: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, slots, width = memory.shape
     steps, _, heads, _ = keys.shape
