@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from typing import Any
 
@@ -45,11 +46,25 @@ def run(repeats: int = 15, compile_steps: int = 0, large: bool = True) -> dict[s
                     "threads": threads,
                     **measure.side_by_side(
                         {
-                            "native": workloads.training_step("mann"),
-                            "eager": workloads.training_step("eager_mann"),
-                            "lstm": workloads.training_step("lstm"),
+                            name: workloads.training_step(name)
+                            for name in ("native", "eager", "reference", "lstm", "native_lstm")
                         },
                         repeats,
+                    ),
+                }
+            )
+            others = ("dnc",) if importlib.util.find_spec("dnc") else ()
+            rows.append(
+                {
+                    "what": "the same with read feedback",
+                    "threads": threads,
+                    **measure.side_by_side(
+                        {
+                            "native" if name == "feedback" else name: workloads.training_step(name)
+                            for name in ("feedback", *others)
+                        },
+                        min(repeats, 5),
+                        1,
                     ),
                 }
             )
@@ -82,33 +97,49 @@ def _large(threads: int) -> list[dict[str, Any]]:
         }
     ]
     del one
-    for slots, batch, short, long in ((65_536, 2, 10, 30), (1_048_576, 1, 4, 16)):
+    sizes = (  # slots, width, heads, batch, and two lengths
+        (65_536, 40, 4, 2, 12, 36),
+        (1_048_576, 40, 4, 1, 4, 16),
+        (1_048_576, 40, 1, 1, 12, 36),
+        (524_288, 128, 4, 1, 11, 33),
+        (524_288, 128, 1, 1, 23, 69),
+    )
+    for slots, width, heads, batch, short, long in sizes:
+        inputs = workloads.scan_inputs(long, batch, slots, width, heads)
+        start = (*inputs[:3], *(x[:short] for x in inputs[3:]))
+        bandwidth = measure.read_write_bandwidth(threads)
         timed = measure.side_by_side(
             {
-                "short": workloads.forward_scan(
-                    "native", workloads.scan_inputs(short, batch, slots, 40, 4)
-                ),
-                "native": workloads.forward_scan(
-                    "native", workloads.scan_inputs(long, batch, slots, 40, 4)
-                ),
+                f"{name} {steps}": workloads.forward_scan(given, chunk)
+                for name, chunk in (("stepwise", 1), ("deferred", _chunk(width, heads)))
+                for steps, given in ((short, start), (long, inputs))
             },
             5,
             1,
         )
-        # The difference of two lengths is that of the steps alone, without loading and storing M.
-        seconds = (timed["native"]["median_ms"] - timed["short"]["median_ms"]) / 1e3
-        bandwidth = measure.read_write_bandwidth(threads)
-        moved = floor_bytes(slots, 40, 4) * batch * (long - short)
-        rows.append(
-            {
-                "what": f"forward a step, B={batch} N={slots:,} W=40 R=4",
-                "threads": threads,
-                "native": {"median_ms": seconds * 1e3 / (long - short)},
-                "bandwidth_GBps": bandwidth / 1e9,
-                "share_of_bandwidth": moved / seconds / bandwidth,
-            }
-        )
+        del inputs, start
+        for name in ("stepwise", "deferred"):
+            # The difference of two lengths is that of the steps alone, without loading and storing
+            # M; the least of several runs, for what disturbs one of the two disturbs it.
+            spent = timed[f"{name} {long}"]["min_ms"] - timed[f"{name} {short}"]["min_ms"]
+            seconds = spent / 1e3 / (long - short)
+            rows.append(
+                {
+                    "what": f"forward a step, {name}, B={batch} N={slots:,} W={width} R={heads}",
+                    "threads": threads,
+                    "native": {"median_ms": seconds * 1e3},
+                    "bandwidth_GBps": bandwidth / 1e9,
+                    "share_of_stepwise_floor": (
+                        floor_bytes(slots, width, heads) * batch / seconds / bandwidth
+                    ),
+                }
+            )
     return rows
+
+
+def _chunk(width: int, heads: int) -> int:
+    """The chunk that moves the fewest bytes, C = 2 sqrt(W / R)."""
+    return round(2 * (width / heads) ** 0.5)
 
 
 def _compiled(steps: int, repeats: int) -> dict[str, Any]:
@@ -158,11 +189,15 @@ def show(report: dict[str, Any]) -> None:
     for row in report["rows"]:
         native = row.get("native", {}).get("median_ms")
         rest = []
-        for name in ("eager", "reference", "lstm", "compiled"):
+        for name in ("eager", "reference", "lstm", "native_lstm", "dnc", "compiled"):
             if name in row:
                 ratio = row[name]["median_ms"] / native
                 rest.append(f"{name} {row[name]['median_ms']:.3g} ms ({ratio:.2f}x)")
-        for name in ("share_of_bandwidth", "copies_of_memory_beside_history", "compile_seconds"):
+        for name in (
+            "share_of_stepwise_floor",
+            "copies_of_memory_beside_history",
+            "compile_seconds",
+        ):
             if name in row:
                 rest.append(f"{name.replace('_', ' ')} {row[name]:.3g}")
         table.append([row["what"], row.get("threads", ""), native or "", "; ".join(rest)])

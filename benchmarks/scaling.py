@@ -34,10 +34,9 @@ def needed_bytes(slots: int, width: int, heads: int, training: bool) -> int:
 
 def point(slots: int, width: int, heads: int, training: bool) -> dict[str, Any]:
     """Milliseconds a step (median of three sequences) and peak bytes above an idle process's."""
-    name = "training_scan" if training else "forward_scan"
+    call = "training_scan('native', " if training else "forward_scan("
     code = (
-        f"run = workloads.{name}('native', workloads.scan_inputs({STEPS}, 1, {slots}, {width}, "
-        f"{heads}))\n"
+        f"run = workloads.{call}workloads.scan_inputs({STEPS}, 1, {slots}, {width}, {heads}))\n"
         "import statistics, time\n"
         "times = []\n"
         "for turn in range(4):\n"

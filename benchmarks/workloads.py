@@ -52,50 +52,92 @@ def training_scan(name: str, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
     return run
 
 
-def forward_scan(name: str, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
-    """Forward of the memory alone, without gradients."""
-    scan = _SCANS[name]
+def forward_scan(inputs: tuple[Tensor, ...], chunk: int | None = None) -> Callable[[], None]:
+    """Forward of the native memory alone, without gradients."""
 
     def run() -> None:
         with torch.no_grad():
-            scan(*inputs)
+            ops.lrua_scan(*inputs, chunk=chunk)
 
     return run
 
 
-class EagerMANN(nn.Module):
-    """The MANN of mann_ext.models with the eager memory: same controller and linear layers."""
+class PlainMANN(nn.Module):
+    """The MANN of mann_ext.models in PyTorch's own parts: nn.LSTM, and the memory in plain PyTorch.
 
-    def __init__(self) -> None:
+    Args:
+        scan: what runs the memory, ``eager_scan`` or the reference.
+    """
+
+    def __init__(self, scan: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.inner = MANN(405, 5, read_strength=10.0, learn_strength="per_head")
+        self.scan = scan
+        self.lstm = nn.LSTM(405, 200)
+        inner = MANN(405, 5, read_strength=10.0, learn_strength="per_head")
+        self.memory, self.output = inner.memory, inner.output
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        inner, memory = self.inner, self.inner.memory
+        memory = self.memory
         steps, batch, _ = x.shape
-        hidden, _ = inner.controller(x, inner.controller.initial_state(batch))
+        hidden, _ = self.lstm(x)
         interface = memory.interface(hidden)
         keys, gates = interface.split([memory.output_size, memory.num_reads], -1)
         assert memory.raw_strength is not None
         strengths = F.softplus(memory.raw_strength).expand(steps, batch, memory.num_reads)
-        reads = eager_scan(
+        reads = self.scan(
             *memory.initial_state(batch),
             keys.reshape(steps, batch, memory.num_reads, memory.slot_size),
             gates.sigmoid(),
             strengths,
         )
-        return inner.output(torch.cat([hidden, reads.flatten(2)], -1)), None
+        return self.output(torch.cat([hidden, reads.flatten(2)], -1)), None
+
+
+class PlainLSTM(nn.Module):
+    """PyTorch's LSTM with the same output layer and no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.output = nn.LSTM(405, 200), nn.Linear(200, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.output(self.lstm(x)[0]), None
+
+
+class OtherDNC(nn.Module):
+    """PyPI's ``dnc`` at the same sizes: another memory, whose reads are always fed back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import dnc
+
+        self.dnc = dnc.DNC(
+            input_size=405, hidden_size=200, rnn_type="lstm", num_layers=1, nr_cells=128,
+            cell_size=40, read_heads=4, batch_first=False, gpu_id=-1,
+        )  # fmt: skip
+        self.output = nn.Linear(405, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.output(self.dnc(x, None, reset_experience=True)[0]), None
+
+
+_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "native": lambda: MANN(405, 5, read_strength=10.0, learn_strength="per_head"),
+    "feedback": lambda: MANN(
+        405, 5, read_strength=10.0, learn_strength="per_head", read_feedback=True
+    ),
+    "native_lstm": lambda: LSTM(405, 5),
+    "eager": lambda: PlainMANN(_SCANS["eager"]),
+    "reference": lambda: PlainMANN(_SCANS["reference"]),
+    "lstm": PlainLSTM,
+    "dnc": OtherDNC,
+}
 
 
 def training_step(name: str, batch: int = 16, steps: int = 50) -> Callable[[], None]:
-    """One optimiser step of the 5-way task: "mann", "eager_mann" or "lstm", 200 hidden units."""
+    """One optimiser step of the 5-way task, 200 hidden units; ``name`` as in ``_MODELS``."""
     torch.manual_seed(0)
-    models: dict[str, Callable[[], nn.Module]] = {
-        "mann": lambda: MANN(405, 5, read_strength=10.0, learn_strength="per_head"),
-        "eager_mann": EagerMANN,
-        "lstm": lambda: LSTM(405, 5),
-    }
-    model = models[name]()
+    model = _MODELS[name]()
     x, y = torch.rand(steps, batch, 405), torch.randint(5, (steps * batch,))
     optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
 
