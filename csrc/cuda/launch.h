@@ -147,6 +147,17 @@ int blocks_per_multiprocessor(int threads, size_t shared_bytes) {
   return blocks;
 }
 
+// An operator's kernels run on the device of one tensor: the others must be there too.
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& like) {
+  require(tensor.device() == like.device(),
+          std::string(op) + ": " + name + " is on another device than the memory");
+}
+inline void check_device(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                         const Tensor& like) {
+  if (tensor.has_value()) check_device(op, name, *tensor, like);
+}
+
 // Calls f(accumulation number, storage number) with the types that a memory of this dtype has.
 template <class F>
 decltype(auto) for_storage(ScalarType dtype, F&& f) {
@@ -217,6 +228,38 @@ __device__ __forceinline__ void store_vector(S* p, const A (&from)[kVector<S>]) 
   *reinterpret_cast<Vector<S>*>(p) = v;
 }
 
+// Starts to copy 16 bytes from global to shared memory, without a register on the way. They have
+// arrived, for this thread, after an async_wait that leaves open no group that they are in.
+__device__ __forceinline__ void async_copy16(void* to, const void* from) {
+#if !defined(__CUDACC__)
+  cuda_on_cpu::async_copy(to, from, 16);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *static_cast<int4*>(to) = *static_cast<const int4*>(from);
+#endif
+}
+// Ends a group of copies.
+__device__ __forceinline__ void async_commit() {
+#if !defined(__CUDACC__)
+  cuda_on_cpu::async_commit();
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most this many groups are still on their way.
+template <int GroupsLeft>
+__device__ __forceinline__ void async_wait() {
+#if !defined(__CUDACC__)
+  cuda_on_cpu::async_wait(GroupsLeft);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
+#endif
+}
+
 // Each lane gets the sum over the warp; a + b == b + a, so all get the same bits.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
@@ -243,6 +286,16 @@ __device__ __forceinline__ T block_sum(T x, T* room) {
   if (lane == 0) room[warp] = x;
   __syncthreads();
   return warp_sum(lane < static_cast<int>(blockDim.x) / kWarp ? room[lane] : T(0));
+}
+
+template <class T>
+__device__ __forceinline__ T block_max(T x, T* room) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  x = warp_max(x);
+  __syncthreads();
+  if (lane == 0) room[warp] = x;
+  __syncthreads();
+  return warp_max(room[lane < static_cast<int>(blockDim.x) / kWarp ? lane : 0]);
 }
 
 // Waits for all threads of all blocks of a cooperative launch, and makes their writes visible.

@@ -158,9 +158,16 @@ std::string place(const Block& block) {
 
 // ---------------------------------------------------------------- blocks
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct RunningBlock : Block {
   std::vector<Fiber> fibers;
-  std::vector<unsigned char> memory;   // dynamic shared memory between two canaries
+  std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group], the last group still open
+  std::vector<unsigned char> memory;                   // dynamic shared memory between two canaries
   std::vector<unsigned char> statics;  // __shared__ variables while another block runs
   unsigned char* stack_canary;
   bool done;
@@ -182,6 +189,7 @@ void start(RunningBlock& block, uint64_t index, unsigned rank, size_t shared_byt
   block.statics.assign(statics_size(), kPoison);
   const unsigned threads = block_size.x * block_size.y * block_size.z;
   block.fibers.resize(threads);
+  block.copies.assign(threads, {{}});
   block.stack_canary = stack;
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = block.fibers[i];
@@ -306,6 +314,27 @@ unsigned char* group_shared(void* address, unsigned rank) {
   if (rank >= group_size) fail("a rank outside the cluster");
   auto* own = static_cast<RunningBlock*>(current->block);
   return (own - own->rank + rank)->dynamic + (static_cast<unsigned char*>(address) - own->dynamic);
+}
+
+void async_copy(void* to, const void* from, size_t bytes) {
+  if ((uintptr_t(to) | uintptr_t(from)) % bytes) fail("an asynchronous copy is not aligned");
+  std::memset(to, kPoison, bytes);
+  static_cast<RunningBlock*>(current->block)
+      ->copies[current->index]
+      .back()
+      .push_back({to, from, bytes});
+}
+
+void async_commit() {
+  static_cast<RunningBlock*>(current->block)->copies[current->index].emplace_back();
+}
+
+void async_wait(size_t groups_left) {
+  auto& groups = static_cast<RunningBlock*>(current->block)->copies[current->index];
+  while (groups.size() > groups_left + 1) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
 }
 
 // The last lane of the mask to arrive forms everyone's result.

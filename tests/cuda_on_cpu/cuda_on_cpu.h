@@ -86,6 +86,10 @@ int block_barrier(bool predicate);
 void group_barrier();
 unsigned char* group_shared(void* address, unsigned rank);
 void collect(Collective what, unsigned mask, int operand, int width);
+// Copies that have arrived only after a wait for them; until then the target is NaN.
+void async_copy(void* to, const void* from, size_t bytes);
+void async_commit();
+void async_wait(size_t groups_left);
 
 struct Configuration {
   dim3 grid, block;

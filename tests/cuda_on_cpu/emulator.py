@@ -1,4 +1,4 @@
-"""Builds the CUDA operators for the CPU (see cuda_on_cpu.h) and runs them in place of the native.
+"""Builds the CUDA operators for the CPU (cuda_on_cpu.h) and lets them stand in for the others.
 
 The library registers all operators as ``torch.ops.mann_ext_cuda_on_cpu.*``, for CPU tensors.
 """
