@@ -5,7 +5,8 @@ with or without CUDA. g++ compiles the C++ sources, nvcc (where there is one) th
 ninja runs them in parallel and rebuilds only what changed. Environment variables:
 
     MANN_EXT_NATIVE      0 | 1 | auto   build the operators: no, yes, if there is a C++ compiler
-    MANN_EXT_CUDA        0 | 1 | auto   compile csrc/cuda: no, yes, if there is an nvcc
+    MANN_EXT_CUDA        0 | 1 | auto   compile csrc/cuda: no, yes, if there is an nvcc and the
+                                        installed torch can use a GPU
     MANN_EXT_CUDA_ARCHS  e.g. "8.0;9.0+PTX" (the default); sm_80 and 80 mean the same as 8.0
     CXX, NVCC, CUDA_HOME, MAX_JOBS   the usual meaning
 """
@@ -100,6 +101,11 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
             "NVCC, or set MANN_EXT_CUDA=0 for a CPU-only build"
         )
     return None
+
+
+def cuda_wanted(torch: Path, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether to look for nvcc: for a torch without CUDA only if that was asked for."""
+    return switch("MANN_EXT_CUDA", environ) == "1" or (torch / "lib/libtorch_cuda.so").is_file()
 
 
 def cuda_libraries(nvcc: str) -> Path:
@@ -226,9 +232,11 @@ class NinjaFile:
     build: Path
     lines: list[str] = field(default_factory=list)
 
-    def rule(self, name: str, command: list[str], *, deps: bool = False) -> None:
-        """Add a rule; `$in`, `$out` and `$flags` in the command are ninja's."""
+    def rule(self, name: str, command: list[str], *, deps: bool = False, log: bool = False) -> None:
+        """Add a rule; `$in`, `$out` and `$flags` in the command are ninja's. `log`: to $out.log."""
         text = " ".join(part if part.startswith("$") else quote(part) for part in command)
+        if log:
+            text += " > $out.log 2>&1 || { cat $out.log; exit 1; }"
         self.lines += [f"rule {name}", f"  command = {text}", f"  description = {name} $out"]
         if deps:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
@@ -276,7 +284,7 @@ def write_build(
     torch = torch_folder()
     includes = [f"-I{csrc}", "-isystem", str(torch / "include")]
     cuda_sources = sorted(csrc.glob("cuda/*.cu"))
-    nvcc = find_nvcc() if cuda_sources else None
+    nvcc = find_nvcc() if cuda_sources and cuda_wanted(torch) else None
     archs = cuda_archs() if nvcc else []
 
     ninja.rule(
@@ -286,7 +294,7 @@ def write_build(
     )
     ninja.rule("link", [*compiler, "-shared", "-o", "$out", "$in", "$flags"])
 
-    flags = [*includes, STABLE_ABI, *(["-DMANN_EXT_WITH_CUDA=1"] if nvcc else [])]
+    flags = [*includes, STABLE_ABI]
     plain = [path for path in sorted(csrc.glob("*.cpp")) if path.name != "bindings.cpp"]
     plain += [p for p in sorted(csrc.glob("cpu/*.cpp")) if not p.name.endswith(".simd.cpp")]
     objects = [
@@ -307,11 +315,13 @@ def write_build(
     link += ["-ltorch_cpu", "-lc10", "-Wl,--exclude-libs,ALL"]
     if nvcc:
         host = next(word for word in reversed(compiler) if not word.startswith("-"))
+        # What each kernel uses (registers, stack, spills) goes to the log, which the tests read.
         ninja.rule(
             "nvcc",
-            [nvcc, f"-ccbin={host}", "-MD", "-MF", "$out.d", *NVCC_FLAGS]
+            [nvcc, f"-ccbin={host}", "-MD", "-MF", "$out.d", *NVCC_FLAGS, "-Xptxas=-v"]
             + [*gencode(archs), "$flags", "-c", "$in", "-o", "$out"],
             deps=True,
+            log=True,
         )
         objects += [
             ninja.add("nvcc", ninja.build / f"{path.relative_to(csrc)}.o", [path], flags)
