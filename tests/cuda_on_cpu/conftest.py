@@ -1,0 +1,14 @@
+"""Fixture of the tests that run CUDA kernels on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda_on_cpu import emulator
+
+
+@pytest.fixture
+def cuda_on_cpu():
+    """The native operators are the emulated CUDA kernels while a test runs."""
+    with emulator.cuda_on_cpu() as library:
+        yield library
