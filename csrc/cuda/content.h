@@ -20,9 +20,9 @@ constexpr int kWarps = kThreads / kWarp;
 template <class A>
 constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;
 static_assert(kGroup<float> <= kWarps);  // a warp prepares a query
-constexpr int kAhead = 6;               // steps that loads are started before they are needed
-constexpr int64_t kSlabSlots = 256;     // at least, so that adding the slabs costs little
-constexpr int kBlocksPerProcessor = 4;  // beyond which no more slabs are made
+constexpr int kAhead = 6;                // steps that loads are started before they are needed
+constexpr int64_t kSlabSlots = 256;      // at least, so that adding the slabs costs little
+constexpr int kBlocksPerProcessor = 4;   // beyond which no more slabs are made
 
 // A lane holds kColumns of a row's columns, in runs of 16 bytes that the row's lanes take in turn:
 // lane l has run l, l + lanes, ... Rows of more than `lanes` * kColumns columns are taken in
