@@ -191,6 +191,7 @@ def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Mo
         write_content=config.write_content,
         key_activation=config.key_activation,
         gate_bias=config.gate_bias,
+        initial_value=config.initial_value,
     )
 
 

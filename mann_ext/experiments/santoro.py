@@ -39,6 +39,8 @@ class ModelConfig:
     key_activation: Literal["none", "tanh"] = "tanh"
     gate_bias: float = 0.0
     """First bias of the write gates; positive gates write where was read."""
+    initial_value: float = 1e-6
+    """What every episode's memory starts from."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_slots", "slot_size", "num_reads"):
