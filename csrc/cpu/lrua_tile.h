@@ -2,6 +2,8 @@
 // tiles.
 #pragma once
 
+#include <utility>
+
 #include "cpu/lrua.h"
 #include "cpu/simd.h"
 
@@ -253,34 +255,74 @@ inline __attribute__((noinline)) void column_sums(const M* tiles, int64_t count,
 
 // ---- between the user's layout [N][W] and tiles [W][kTile] ----
 
-// to[c * to_stride + r] = from[r * from_stride + c] for 4 x 4 numbers, in registers.
-MANN_EXT_INLINE void transpose4(const float* from, int64_t from_stride, float* to,
-                                int64_t to_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef int Index __attribute__((vector_size(16)));
-  Four row[4];
-  for (int r = 0; r < 4; ++r) std::memcpy(&row[r], from + r * from_stride, sizeof(Four));
-  const Four low01 = __builtin_shuffle(row[0], row[1], Index{0, 4, 1, 5});
-  const Four high01 = __builtin_shuffle(row[0], row[1], Index{2, 6, 3, 7});
-  const Four low23 = __builtin_shuffle(row[2], row[3], Index{0, 4, 1, 5});
-  const Four high23 = __builtin_shuffle(row[2], row[3], Index{2, 6, 3, 7});
-  const Four column[4] = {__builtin_shuffle(low01, low23, Index{0, 1, 4, 5}),
-                          __builtin_shuffle(low01, low23, Index{2, 3, 6, 7}),
-                          __builtin_shuffle(high01, high23, Index{0, 1, 4, 5}),
-                          __builtin_shuffle(high01, high23, Index{2, 3, 6, 7})};
-  for (int c = 0; c < 4; ++c) std::memcpy(to + c * to_stride, &column[c], sizeof(Four));
+// Four columns of kLanes<float> rows at a time, in registers: lane 4 l + k of a vector belongs to
+// row 4 l + k, so a vector first takes four numbers each of every fourth row, and 4 x 4 numbers are
+// then turned within each 16 bytes.
+template <int... I>
+MANN_EXT_INLINE void turn4(Vec<float> (&v)[4], std::integer_sequence<int, I...>) {
+  constexpr int L = kLanes<float>;
+  using Mask = typename Lanes<float>::mask;
+  // From two vectors, of each 16 bytes: numbers 0 and 1 in turn, 2 and 3 in turn, halves 0, 1.
+  const Mask low = {(I / 4 * 4 + I % 4 / 2 + I % 2 * L)...};
+  const Mask high = {(I / 4 * 4 + 2 + I % 4 / 2 + I % 2 * L)...};
+  const Mask first = {(I / 4 * 4 + I % 2 + I % 4 / 2 * L)...};
+  const Mask second = {(I / 4 * 4 + 2 + I % 2 + I % 4 / 2 * L)...};
+  const Vec<float> low01 = __builtin_shuffle(v[0], v[1], low);
+  const Vec<float> high01 = __builtin_shuffle(v[0], v[1], high);
+  const Vec<float> low23 = __builtin_shuffle(v[2], v[3], low);
+  const Vec<float> high23 = __builtin_shuffle(v[2], v[3], high);
+  v[0] = __builtin_shuffle(low01, low23, first);
+  v[1] = __builtin_shuffle(low01, low23, second);
+  v[2] = __builtin_shuffle(high01, high23, first);
+  v[3] = __builtin_shuffle(high01, high23, second);
+}
+
+// Four numbers each of rows 0, 4, 8, ... (Written to the stack and read again as one vector, they
+// would wait for the last of the stores.)
+MANN_EXT_INLINE Vec<float> every_fourth_row(const float* p, [[maybe_unused]] int64_t stride) {
+#if defined(__AVX512F__)
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
+  return reinterpret_cast<Vec<float>>(v);
+#elif defined(__AVX2__)
+  const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps(p));
+  return reinterpret_cast<Vec<float>>(_mm256_insertf128_ps(v, _mm_loadu_ps(p + 4 * stride), 1));
+#else
+  static_assert(kLanes<float> == 4);
+  return load_unaligned<float>(p);
+#endif
 }
 
 // All of a whole tile's columns but the last width % 4; returns where those begin.
 template <bool ToTile>
 inline int64_t transpose_tile(const float* from, float* to, int64_t slot_stride, int64_t width) {
+  constexpr int L = kLanes<float>;
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
   const int64_t end = width / 4 * 4;
-  for (int64_t i = 0; i < kTile; i += 4)
+  for (int64_t i = 0; i < kTile; i += L)
     for (int64_t j = 0; j < end; j += 4) {
-      if constexpr (ToTile)
-        transpose4(from + i * slot_stride + j, slot_stride, to + j * kTile + i, kTile);
-      else
-        transpose4(from + j * kTile + i, kTile, to + i * slot_stride + j, slot_stride);
+      Vec<float> v[4];
+      if constexpr (ToTile)  // the next tile's rows, a cache line each in turn
+        for (int l = 0; l < L / 4; ++l)
+          __builtin_prefetch(from + (kTile + i + 4 * l + j % 16 / 4) * slot_stride + j / 16 * 16);
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (ToTile)
+          v[k] = every_fourth_row(from + (i + k) * slot_stride + j, slot_stride);
+        else
+          v[k] = load<float>(from + (j + k) * kTile + i);
+      }
+      turn4(v, std::make_integer_sequence<int, L>());
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (ToTile) {
+          store<float>(to + (j + k) * kTile + i, v[k]);
+        } else {
+          const Four* lanes = reinterpret_cast<const Four*>(&v[k]);
+          for (int l = 0; l < L / 4; ++l)
+            *reinterpret_cast<Four*>(to + (i + 4 * l + k) * slot_stride + j) = lanes[l];
+        }
+      }
     }
   return end;
 }
