@@ -131,6 +131,8 @@ class Arena {
     used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
     return p;
   }
+  // Leaves out what is missing to this many bytes.
+  __host__ __device__ void reach(int64_t bytes) { used_ = used_ > bytes ? used_ : bytes; }
   __host__ __device__ int64_t used() const { return used_; }
 
  private:
@@ -216,9 +218,10 @@ __device__ __forceinline__ void sum_lanes(A (&x)[G], int lanes) {
 // A warp gets the length of a vector.
 template <class A>
 __device__ __forceinline__ A length_by_warp(const A* vector, int width) {
-  A sum = 0;
-  for (int j = threadIdx.x % kWarp; j < width; j += kWarp) sum += vector[j] * vector[j];
-  return square_root(warp_sum(sum));
+  double sum = 0;
+  for (int j = threadIdx.x % kWarp; j < width; j += kWarp)
+    sum += static_cast<double>(vector[j]) * vector[j];
+  return static_cast<A>(square_root(warp_sum(sum)));
 }
 
 // ---------------------------------------------------------------- tiles

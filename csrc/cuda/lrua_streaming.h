@@ -20,6 +20,10 @@ constexpr int kWeightThreads = 256;  // of forward_weights and the last sums
 constexpr int64_t kTileBytes = 16 << 10;
 constexpr int64_t kBlockBytes = 56 << 10;  // of shared memory: four blocks a multiprocessor
 
+// Room for the sums of every thread of a pass: of kGroup heads and one run of columns.
+template <class A>
+constexpr int64_t kSumsBytes = int64_t{kThreads} * kGroup * kRun<true> * sizeof(A);
+
 // How a pass over the memory is divided.
 struct Split {
   int lanes, rows;  // that share a row, and rows a tile: kThreads / lanes

@@ -67,6 +67,7 @@ struct BackwardRoom {
     sums = reinterpret_cast<A*>(base);
     memory = arena.take<A>(int64_t{split.stages} * split.rows * split.stride);
     grad = arena.take<A>(int64_t{split.stages} * split.rows * split.stride);
+    arena.reach(kSumsBytes<A>);
     weights = arena.take<A>(int64_t{split.stages} * s.heads * split.rows);
     previous = arena.take<A>(int64_t{split.stages} * s.heads * split.rows);
     weights_grad = arena.take<A>(int64_t{split.stages} * s.heads * split.rows);
@@ -89,8 +90,6 @@ struct BackwardRoom {
       contents = apart ? arena.take<A>(count) : keys;
     }
     bytes = arena.used();
-    const int64_t sums_bytes = int64_t{kThreads} * 4 * kGroup * sizeof(A);
-    bytes = bytes > sums_bytes ? bytes : sums_bytes;
   }
 };
 

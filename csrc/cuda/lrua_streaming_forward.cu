@@ -70,6 +70,7 @@ struct ForwardRoom {
     Arena arena(base);
     sums = reinterpret_cast<A*>(base);
     rows = arena.take<S>(int64_t{split.stages} * split.rows * split.stride);
+    arena.reach(kSumsBytes<A>);
     previous = arena.take<A>(int64_t{split.stages} * s.heads * split.rows);
     usage = arena.take<A>(split.stages * split.rows);
     write = arena.take<A>(int64_t{split.rows} * s.heads);
@@ -92,8 +93,6 @@ struct ForwardRoom {
       contents = apart ? arena.take<A>(count) : keys;
     }
     bytes = arena.used();
-    const int64_t sums_bytes = int64_t{kThreads} * 4 * kGroup * sizeof(A);
-    bytes = bytes > sums_bytes ? bytes : sums_bytes;
   }
 };
 
