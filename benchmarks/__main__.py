@@ -16,6 +16,7 @@ def main(
     repeats: int = 15,
     compile_steps: int = 0,
     large: bool = True,
+    threads: int = 1,
 ) -> None:
     """Run a benchmark and print a table.
 
@@ -26,6 +27,8 @@ def main(
         repeats: timed runs of each contender, after two warm-up runs.
         compile_steps: also compile the eager scan with torch.compile at this length (minutes).
         large: also run the rows of large memories.
+        threads: CPU threads of the scaling study; another process on the same cores costs several
+            threads far more than one.
     """
     if name == "drift":
         from benchmarks import drift
@@ -36,7 +39,7 @@ def main(
     elif name == "scaling":
         from benchmarks import scaling
 
-        report = scaling.run()
+        report = scaling.run(threads)
         if json is not None:
             scaling.plot(report, json.with_suffix(".png"))
     else:

@@ -32,10 +32,11 @@ def needed_bytes(slots: int, width: int, heads: int, training: bool) -> int:
     return 4 * slots * (copies * width + (history + 4) * heads + 8) + 2**28
 
 
-def point(slots: int, width: int, heads: int, training: bool) -> dict[str, Any]:
+def point(slots: int, width: int, heads: int, training: bool, threads: int) -> dict[str, Any]:
     """Milliseconds a step (median of three sequences) and peak bytes above an idle process's."""
     call = "training_scan('native', " if training else "forward_scan("
     code = (
+        f"torch.set_num_threads({threads})\n"
         f"run = workloads.{call}workloads.scan_inputs({STEPS}, 1, {slots}, {width}, {heads}))\n"
         "import statistics, time\n"
         "times = []\n"
@@ -54,16 +55,14 @@ def point(slots: int, width: int, heads: int, training: bool) -> dict[str, Any]:
     }
 
 
-def run() -> dict[str, Any]:
+def run(threads: int) -> dict[str, Any]:
     """All points, and the bandwidth that the floor is drawn from."""
-    import torch
-
     report: dict[str, Any] = {
         "machine": measure.machine(),
         "steps": STEPS,
         "batch": 1,
-        "threads": torch.get_num_threads(),
-        "bandwidth": measure.read_write_bandwidth(torch.get_num_threads()),
+        "threads": threads,
+        "bandwidth": measure.read_write_bandwidth(threads),
         "rows": [],
     }
     for training in (False, True):
@@ -72,7 +71,7 @@ def run() -> dict[str, Any]:
                 for slots in SLOTS:
                     if needed_bytes(slots, width, heads, training) > available_bytes():
                         break
-                    row = point(slots, width, heads, training)
+                    row = point(slots, width, heads, training, threads)
                     report["rows"].append(row)
                     print(json.dumps(row), flush=True)
     return report
