@@ -2,13 +2,127 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from mann_ext import ops
 from tests import test_lrua
 from tests.cuda_on_cpu import emulator
+from tests.samples import Sample, _lrua_sample, lrua_samples
 
 pytestmark = [emulator.needs_compiler, pytest.mark.usefixtures("cuda_on_cpu")]
+SAMPLES = {sample.name: sample for sample in lrua_samples()}
+# The kernels defer no writes: the forms with chunks are the one that rolls back.
+FORMS = {name: test_lrua.FORMS[name] for name in ("saved", "rolled_back", "every_3")}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 # The operator's own tests, unchanged.
-test_float64 = test_lrua.test_native_equals_the_reference_in_float64
 test_slots = test_lrua.test_native_chooses_the_same_slots_unforced
+test_sixteen_bit = test_lrua.test_sixteen_bit_memory_is_rounded_every_step
+test_ties = test_lrua.test_ties_go_to_the_lowest_slot
+test_nan_usage = test_lrua.test_nan_usage_counts_as_most_used
+test_nan_key = test_lrua.test_nan_in_a_key_stays_in_its_batch_element
+test_erased = test_lrua.test_erased_slots_receive_no_gradient
+test_reset = test_lrua.test_no_gradient_crosses_a_reset
+test_sharp = test_lrua.test_sharp_reads_stay_finite
+test_steps = test_lrua.test_a_scan_is_a_loop_of_steps
+test_any_shape = test_lrua.test_any_shape
+
+
+@forms
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_float64(sample: Sample, form: dict[str, Any]):
+    test_lrua.test_native_equals_the_reference_in_float64(sample, form)
+
+
+# Every sample once; those with a few slots, which take little time, in every form.
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(s.name, "rolled_back") for s in SAMPLES.values() if not s.extreme]
+    + [(name, form) for name in ("typical", "episode_start") for form in ("saved", "every_3")],
+)
+def test_float32(name: str, form: str):
+    test_lrua.test_float32_error_is_at_most_twice_the_references_own(SAMPLES[name], form)
+
+
+@pytest.mark.parametrize("name", ["typical", "contents", "reset_shared", "more_heads_than_slots"])
+def test_schema_and_shapes(name: str):
+    test_lrua.test_opcheck(SAMPLES[name])
+
+
+OTHER_SHAPES = [
+    _lrua_sample("many_heads", 3, 1, 150, 4, 9, contents=True),
+    _lrua_sample("most_heads", 2, 1, 70, 12, 64),
+    _lrua_sample("wide", 3, 1, 10, 520, 2, contents=True),
+    _lrua_sample("wide_and_odd", 3, 1, 5, 203, 3),
+    _lrua_sample("wider", 2, 1, 3, 1600, 1),
+    _lrua_sample("sharp_and_long", 3, 2, 700, 8, 2, strength=300.0),
+    _lrua_sample("sharp_and_many", 3, 1, 300, 4, 6, strength=300.0),
+    _lrua_sample("long_reset", 12, 2, 130, 4, 2, reset=True, contents=True),
+]
+
+
+@forms
+@pytest.mark.parametrize("sample", OTHER_SHAPES, ids=lambda s: s.name)
+def test_every_split_of_rows_and_heads(sample: Sample, form: dict[str, Any]):
+    test_lrua.test_native_equals_the_reference_in_float64(sample, form)
+
+
+@pytest.mark.parametrize("name", ["typical", "reset_shared", "tile_and_one", "eight_heads"])
+def test_no_order_of_threads_changes_a_bit(name: str, cuda_on_cpu):
+    sample = SAMPLES[name].to(torch.float32)
+    for form in FORMS.values():
+        results = []
+        for seed in range(3):
+            cuda_on_cpu.cuda_on_cpu_set_seed(seed)
+            output, grads = test_lrua.run(sample, **form)
+            results.append((*output, *grads))
+        for result in results[1:]:
+            for x, y in zip(result, results[0], strict=True):
+                assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 40])
+def test_any_number_of_multiprocessors(multiprocessors: int, cuda_on_cpu):
+    cuda_on_cpu.cuda_on_cpu_set_multiprocessors(multiprocessors)
+    sample = _lrua_sample("blocks", 3, 2, 1000, 8, 2)
+    test_lrua.test_native_equals_the_reference_in_float64(sample, FORMS["rolled_back"])
+
+
+def test_rows_that_are_not_aligned():
+    sample = _lrua_sample("aligned", 3, 2, 70, 8, 2).to(torch.float32)
+    memory, weights, usage, keys, *rest = sample.args
+    want = test_lrua.run(sample, snapshot_every=0)
+    for moved in (0, 3):
+        args = [memory, weights, usage, keys, *rest]
+        shifted = torch.empty(args[moved].numel() + 1)[1:].view(args[moved].shape)
+        args[moved] = shifted.copy_(args[moved])
+        assert args[moved].data_ptr() % 16 != 0
+        output = ops.lrua_scan(*args, snapshot_every=0)
+        for got, expected in zip(output, want[0], strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_an_expanded_memory_is_read_where_it_is():
+    sample = _lrua_sample("expanded", 3, 2, 70, 8, 2, constant=True)
+    assert sample.args[0].stride() == (0, 0, 0)
+    test_lrua.test_native_equals_the_reference_in_float64(sample, FORMS["rolled_back"])
+
+
+def test_a_step_is_two_launches_forward_and_one_backward(cuda_on_cpu):
+    steps = SAMPLES["typical"].args[3].shape[0]
+    keys = SAMPLES["typical"].args[3].clone().requires_grad_()
+    args = SAMPLES["typical"].args
+    before = cuda_on_cpu.cuda_on_cpu_launches()
+    reads = ops.lrua_scan(*args[:3], keys, *args[4:], snapshot_every=0).reads
+    assert cuda_on_cpu.cuda_on_cpu_launches() - before == 2 * steps + 1
+    reads.sum().backward()
+    assert cuda_on_cpu.cuda_on_cpu_launches() - before == 3 * steps + 3
+
+
+def test_rows_that_do_not_fit_in_shared_memory_are_an_error():
+    sample = _lrua_sample("widest", 1, 1, 1, 20000, 1)
+    with pytest.raises(ValueError, match="rows of 20000 columns and 1 heads do not fit"):
+        ops.lrua_scan(*sample.args)
