@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?= lrua
+BENCH_CUDA ?= --json benchmarks/results/cuda.json
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -18,10 +19,10 @@ export MANN_EXT_DATA ?= $(abspath ../shared/data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format build clean
+.PHONY: help demo test bench test-cuda bench-cuda build-cuda lint format build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-demo ## train a small MANN on Omniglot, a few minutes
 	$(BIN)/mann-ext train demo $(DEMO_ARGS)
@@ -31,6 +32,22 @@ test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS="-k lrua" for some of
 
 bench: $(VENV)/.installed-dev ## measure the operators (BENCH="lrua --json results.json")
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# The three -cuda targets use PYTHON as it is: a GPU machine has its own torch, and maybe no network.
+build-cuda: ## compile the operators, the CUDA ones too, for the installed PYTHON
+	MANN_EXT_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+
+SANITIZE = compute-sanitizer --error-exitcode 1 --target-processes all
+SANITIZED = -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
+  -k "(test_float64 or test_content_float64) and (typical or reset or several)"
+
+test-cuda: build-cuda ## run the operators' tests on the GPU, and a few under compute-sanitizer
+	$(PYTHON) -m pytest -q tests/test_cuda.py $(PYTEST_ARGS)
+	$(SANITIZE) --tool memcheck $(PYTHON) $(SANITIZED)
+	$(SANITIZE) --tool racecheck $(PYTHON) $(SANITIZED)
+
+bench-cuda: build-cuda ## measure the CUDA operators (BENCH_CUDA="--json results.json")
+	$(PYTHON) -m benchmarks.cuda $(BENCH_CUDA)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

@@ -1,0 +1,188 @@
+"""The operators' tests once more on a GPU, and what only a GPU can show (``make test-cuda``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+from mann_ext import LRUAMemory, _library, ops
+from mann_ext._library import backend
+from tests import test_content, test_lrua
+
+DEVICE = torch.device("cuda")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("on_gpu"),
+]
+
+
+def moved(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of CPU tensors, computed on the GPU."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), (args, kwargs))
+        return tree_map_only(torch.Tensor, lambda x: x.cpu(), function(*args, **kwargs))
+
+    return run
+
+
+class _Raw:
+    """torch.ops.mann_ext, moved."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return moved(getattr(_RAW, name))
+
+
+_RAW = torch.ops.mann_ext
+
+
+@pytest.fixture
+def on_gpu() -> Iterator[None]:
+    """The functions that the operators' tests call run on the GPU, on native kernels only."""
+    with (
+        backend("native"),
+        mock.patch.object(test_lrua.ops, "lrua_scan", moved(ops.lrua_scan)),
+        mock.patch.object(test_lrua.ops, "lrua_step", moved(ops.lrua_step)),
+        mock.patch.object(test_content.ops, "content_read", moved(ops.content_read)),
+        mock.patch.object(test_lrua, "native_slots", _native_slots),
+    ):
+        yield
+
+
+def _native_slots(sample: Any) -> torch.Tensor:
+    with mock.patch.object(torch.ops, "mann_ext", _Raw()):
+        return _SLOTS(sample)
+
+
+_SLOTS = test_lrua.native_slots
+
+# The operators' own tests, unchanged.
+test_float64 = test_lrua.test_native_equals_the_reference_in_float64
+test_slots = test_lrua.test_native_chooses_the_same_slots_unforced
+test_float32 = test_lrua.test_float32_error_is_at_most_twice_the_references_own
+test_sixteen_bit = test_lrua.test_sixteen_bit_memory_is_rounded_every_step
+test_derivatives = test_lrua.test_gradcheck_and_gradgradcheck
+test_ties = test_lrua.test_ties_go_to_the_lowest_slot
+test_nan_usage = test_lrua.test_nan_usage_counts_as_most_used
+test_nan_key = test_lrua.test_nan_in_a_key_stays_in_its_batch_element
+test_erased = test_lrua.test_erased_slots_receive_no_gradient
+test_reset = test_lrua.test_no_gradient_crosses_a_reset
+test_sharp = test_lrua.test_sharp_reads_stay_finite
+test_steps = test_lrua.test_a_scan_is_a_loop_of_steps
+test_any_shape = test_lrua.test_any_shape
+test_content_float64 = test_content.test_native_equals_the_reference_in_float64
+test_content_float32 = test_content.test_float32_error_is_at_most_twice_the_references_own
+test_content_sixteen_bit = test_content.test_sixteen_bit_keys_are_summed_in_float32
+test_content_derivatives = test_content.test_gradcheck_and_gradgradcheck
+test_content_empty_mask = test_content.test_a_query_that_may_read_nothing_reads_zeros
+
+
+def paper_size(slots: int = 128, width: int = 40, steps: int = 20) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE, generator=generator)
+
+    memory = 0.1 * normal(4, slots, width)
+    weights = normal(4, 4, slots).softmax(-1)
+    keys, gates = normal(steps, 4, 4, width).tanh(), normal(steps, 4, 4).sigmoid()
+    return memory, weights, weights.sum(1), keys, gates, 10 * torch.ones_like(gates)
+
+
+def differentiated(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    learnt = [x.detach().requires_grad_() for x in inputs[3:]]
+    output = _LRUA_SCAN(*inputs[:3], *learnt)
+    total = output.reads.sin().sum() + output.memory.sin().sum()
+    return [*output, *torch.autograd.grad(total, learnt)]
+
+
+_LRUA_SCAN = ops.lrua_scan
+
+
+@pytest.mark.parametrize("slots", [128, 20_000])
+def test_the_same_bits_every_time(slots: int):
+    inputs = paper_size(slots)
+    first = differentiated(inputs)
+    for _ in range(3):
+        torch.full((2**24,), float("nan"), device=DEVICE)  # what is not written would show
+        for x, y in zip(first, differentiated(inputs), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("slots", [128, 20_000])
+def test_nothing_waits_for_the_gpu(slots: int):
+    inputs = paper_size(slots)
+    differentiated(inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        differentiated(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("slots", [128, 20_000])
+def test_a_cuda_graph_repeats_forward_and_backward(slots: int):
+    inputs = paper_size(slots)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            differentiated(inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = differentiated(inputs)
+    inputs[3].neg_()
+    graph.replay()
+    for x, y in zip(captured, differentiated(inputs), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_more_numbers_than_32_bits_count():
+    slots, width = 2**25 + 3, 65
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * slots * width:
+        pytest.skip("needs 26 GB of free GPU memory")
+    memory = torch.zeros(1, slots, width, device=DEVICE, dtype=torch.bfloat16)
+    key = torch.randn(1, 1, width, device=DEVICE)
+    memory[0, -2] = key[0, 0].bfloat16()  # past 2^31 numbers
+    weights = torch.zeros(1, 1, slots, device=DEVICE)
+    usage = torch.ones(1, slots, device=DEVICE)
+    usage[0, -1] = 0
+    out = ops_step(memory, weights, usage, key, torch.zeros(1, 1, device=DEVICE), 30.0)
+    assert out.memory[0, -1].float().allclose(key[0, 0], rtol=1e-2)  # written to the least used
+    assert float(out.read_weights[0, 0, -2:].sum()) > 0.99
+    assert out.reads[0, 0].allclose(key[0, 0], rtol=1e-2, atol=1e-2)
+
+
+def ops_step(memory: Any, weights: Any, usage: Any, key: Any, gate: Any, strength: float) -> Any:
+    return _LRUA_STEP(memory, weights, usage, key, gate, torch.full_like(gate, strength))
+
+
+_LRUA_STEP = ops.lrua_step
+
+
+def test_the_module_trains_as_on_the_cpu():
+    torch.manual_seed(0)
+    memory = LRUAMemory(8, num_slots=32, slot_size=8, num_reads=2)
+    x = torch.randn(6, 3, 8)
+    expected, _ = memory(x)
+    expected.square().sum().backward()
+    grads = [p.grad.clone() for p in memory.parameters() if p.grad is not None]
+    memory.zero_grad()
+    got, _ = memory.to(DEVICE)(x.to(DEVICE))
+    got.square().sum().backward()
+    torch.testing.assert_close(got.cpu(), expected)
+    for p, want in zip(memory.parameters(), grads, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.cpu(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_library_has_every_cuda_kernel():
+    assert {"lrua_scan", "lrua_scan_backward", "content_read", "content_read_backward"} <= (
+        _library.native_operators("cuda")
+    )
