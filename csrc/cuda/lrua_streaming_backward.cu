@@ -103,6 +103,7 @@ __global__ __launch_bounds__(kThreads) void backward_begin(const BackwardPass<A,
   const A* last = p.read_weights(s.steps - 1, b);
   for (int r = 0; r < s.heads; ++r) {
     double sum = 0;
+#pragma unroll 1
     for (int64_t i = block * kThreads + threadIdx.x; i < s.padded; i += p.split.blocks * kThreads) {
       const int64_t to = (b * s.heads + r) * s.padded + i;
       const int64_t from = (b * s.heads + r) * s.slots + i;
