@@ -388,11 +388,17 @@ struct Scan {
                                !(std::abs(beta[r]) <= A(kUnshifted)), totals + s.heads + r);
   }
 
-  static A norm(const A* v, int64_t width) {
-    double sum = 0;
-    for (int64_t j = 0; j < width; ++j) sum += static_cast<double>(v[j]) * v[j];
-    return static_cast<A>(std::sqrt(sum));
+  // x . y in double, in eight sums that need not wait for each other.
+  static double dot(const A* x, const A* y, int64_t width) {
+    double sums[8] = {};
+    int64_t j = 0;
+    for (; j + 8 <= width; j += 8)
+      for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[j + i]) * y[j + i];
+    for (int i = 0; j < width; ++j, ++i) sums[i] += static_cast<double>(x[j]) * y[j];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
+           ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   }
+  static A norm(const A* v, int64_t width) { return static_cast<A>(std::sqrt(dot(v, v, width))); }
 
   static void save_erased(const Forward& p, int64_t b, int64_t t, const int64_t* slots,
                           int64_t tile, const S* src) {
@@ -700,10 +706,9 @@ struct Scan {
     for (int64_t r = 0; r < s.heads; ++r) {
       key_norm[r] = Scan::norm(keys + r * s.width, s.width);
       beta[r] = strength(p.in, s, t, b, r);
-      double sum = scratch.carry[r];  // c_r of LRUA.md's backward step: sum_i w_i dL/dw_i
-      for (int64_t j = 0; j < s.width; ++j)
-        sum += static_cast<double>(grads[r * s.width + j]) * reads[r * s.width + j];
-      expected[r] = static_cast<A>(sum);
+      // sum_i w_i dL/dw_i: what the softmax's gradient takes off every slot's.
+      expected[r] =
+          static_cast<A>(scratch.carry[r] + dot(grads + r * s.width, reads + r * s.width, s.width));
     }
     const A eps = static_cast<A>(p.options.eps);
 
@@ -857,11 +862,14 @@ struct Scan {
     const Shape& s = p.shape;
     const BackwardScratch scratch(p, base);
     const int64_t size = partial_size(s);
-    const auto total = [&](int64_t i) {
-      double sum = 0;
-      for (int64_t k = 0; k < s.blocks; ++k) sum += scratch.partial[k * size + i];
-      return static_cast<A>(sum);
-    };
+    // The blocks' sums, added up in the first one's place.
+    A* sums = scratch.partial;
+    if (s.blocks > 1)
+      for (int64_t i = 0; i < size; ++i) {
+        double sum = 0;
+        for (int64_t k = 0; k < s.blocks; ++k) sum += scratch.partial[k * size + i];
+        sums[i] = static_cast<A>(sum);
+      }
     const int64_t rw = s.heads * s.width;
     const A* keys = key(p.in, s, t, b);
     A* grad_keys = static_cast<A*>(p.grad_keys) + at(s, t, b) * rw;
@@ -869,24 +877,21 @@ struct Scan {
         p.grad_contents ? static_cast<A*>(p.grad_contents) + at(s, t, b) * rw : nullptr;
     for (int64_t r = 0; r < s.heads; ++r) {
       const A key_norm = Scan::norm(keys + r * s.width, s.width);
-      const A own = total(2 * rw + 3 * s.heads + r);
+      const A own = sums[2 * rw + 3 * s.heads + r];
       const A along = key_norm > A(0) ? own / key_norm : A(0);
-      for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i) {
-        A grad = total(i) - along * keys[i];
-        const A content_grad = total(rw + i);
-        if (grad_contents != nullptr)
-          grad_contents[i] = content_grad;
-        else
-          grad += content_grad;
-        grad_keys[i] = grad;
-      }
-      const A previous = total(2 * rw + r);
+      for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i)
+        grad_keys[i] = sums[i] - along * keys[i];
+      const A previous = sums[2 * rw + r];
       const int64_t head = at(s, t, b) * s.heads + r;
-      static_cast<A*>(p.grad_gates)[head] = previous - total(2 * rw + s.heads + r);
+      static_cast<A*>(p.grad_gates)[head] = previous - sums[2 * rw + s.heads + r];
       if (p.grad_strengths != nullptr)
-        static_cast<A*>(p.grad_strengths)[head] = total(2 * rw + 2 * s.heads + r);
+        static_cast<A*>(p.grad_strengths)[head] = sums[2 * rw + 2 * s.heads + r];
       scratch.carry[r] = resets(p.in, s, t, b) ? A(0) : gate(p.in, s, t, b)[r] * previous;
     }
+    if (grad_contents != nullptr)
+      std::copy(sums + rw, sums + 2 * rw, grad_contents);
+    else  // the keys are what is written
+      for (int64_t i = 0; i < rw; ++i) grad_keys[i] += sums[rw + i];
   }
 
   static void backward_end(const Backward& p, void* base, int64_t b) {
@@ -1072,9 +1077,7 @@ struct Chunks : Scan<A, A> {
         const A* y = vectors(p.in, s, t + v, b) + r * s.width;
         for (int64_t q = 0; q < (v + 1) * s.heads; ++q) {
           const A* x = Base::content(p.in, s, t + q / s.heads, b) + q % s.heads * s.width;
-          double sum = 0;
-          for (int64_t j = 0; j < s.width; ++j) sum += static_cast<double>(x[j]) * y[j];
-          gram[q * all + v * s.heads + r] = static_cast<A>(sum);
+          gram[q * all + v * s.heads + r] = static_cast<A>(Base::dot(x, y, s.width));
         }
       }
   }
