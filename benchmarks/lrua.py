@@ -91,7 +91,7 @@ def _large(threads: int) -> list[dict[str, Any]]:
                     "native": workloads.training_scan("native", one),
                     "eager": workloads.training_scan("eager", one),
                 },
-                3,
+                7,
                 1,
             ),
         }
