@@ -1,0 +1,51 @@
+"""The benchmarks' opponents compute what they are compared with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import measure, scaling, workloads
+from benchmarks.eager import eager_scan
+from mann_ext import ops, reference
+from mann_ext.models import MANN
+
+
+def spread_inputs() -> tuple[torch.Tensor, ...]:
+    """No two usages alike: ``topk`` breaks ties as it likes."""
+    memory, weights, usage, *rest = workloads.scan_inputs(6, 2, 30, 8, 3)
+    return torch.randn_like(memory), weights, usage + torch.rand_like(usage), *rest
+
+
+def test_the_eager_scan_is_the_reference():
+    inputs = spread_inputs()
+    expected = reference.lrua_scan(*inputs)[0]
+    torch.testing.assert_close(eager_scan(*inputs), expected)
+    torch.testing.assert_close(ops.lrua_scan(*inputs).reads, expected)
+
+
+def test_the_plain_model_is_the_mann():
+    torch.manual_seed(0)
+    options = {"read_strength": 10.0, "learn_strength": "per_head", "least_used": "per_head"}
+    mann = MANN(405, 5, **options)
+    plain = workloads.PlainMANN(lambda *a: reference.lrua_scan(*a)[0])
+    plain.lstm.load_state_dict(mann.controller.state_dict())
+    plain.memory.load_state_dict(mann.memory.state_dict())
+    plain.output.load_state_dict(mann.output.state_dict())
+    x = torch.rand(7, 3, 405)
+    torch.testing.assert_close(plain(x)[0], mann(x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["native", "feedback", "native_lstm", "eager", "lstm"])
+def test_every_training_step_runs(name: str):
+    workloads.training_step(name, batch=2, steps=3)()
+
+
+def test_a_point_of_the_scaling_study(tmp_path):
+    row = scaling.point(128, 8, 1, True, threads=1)
+    assert row["ms_a_step"] > 0
+    report = {"rows": [row], "bandwidth": 1e10, "steps": scaling.STEPS}
+    scaling.plot(report, tmp_path / "figure.png")
+    measure.write_json(tmp_path / "report.json", report)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert (tmp_path / "report.json").read_text().startswith("{")
