@@ -23,35 +23,21 @@ int64_t block_count(const Read& p) { return (p.slots + kBlock - 1) / kBlock; }
 Read make_read(const char* op, const Tensor& queries, const Tensor& keys,
                const std::optional<Tensor>& values, const std::optional<Tensor>& strengths,
                const std::optional<Tensor>& mask, bool cosine, double eps) {
-  require(queries.dim() == 3 && keys.dim() == 3,
-          std::string(op) + ": expected queries (B, Q, K) and keys (B, N, K), got " +
-              shape_text(queries) + " and " + shape_text(keys));
+  const ContentSizes n = content_sizes(op, queries, keys, values, strengths, mask);
   Read p{};
-  p.batch = keys.size(0);
-  p.slots = keys.size(1);
-  p.key_width = keys.size(2);
-  p.queries = queries.size(1);
-  p.value_width = values.has_value() ? values->size(values->dim() - 1) : p.key_width;
-  require(p.slots > 0 && p.key_width > 0, std::string(op) + ": keys must have slots and width");
-  const ScalarType dtype = keys.scalar_type();
-  const ScalarType acc = accumulation_dtype(dtype);
-  check_tensor(op, "queries", queries, {p.batch, p.queries, p.key_width}, acc);
-  check_tensor(op, "keys", keys, {p.batch, p.slots, p.key_width}, dtype);
-  check_tensor(op, "values", values, {p.batch, p.slots, p.value_width}, dtype);
-  check_tensor(op, "strengths", strengths, {p.batch, p.queries}, acc);
-  if (mask.has_value()) {
-    p.mask_queries = mask->dim() == 3 ? mask->size(1) : 0;
-    require(p.mask_queries == 1 || p.mask_queries == p.queries,
-            std::string(op) + ": expected mask of shape (B, Q or 1, N), got " + shape_text(*mask));
-    check_tensor(op, "mask", *mask, {p.batch, p.mask_queries, p.slots}, ScalarType::Bool);
-    p.mask = static_cast<const bool*>(mask->const_data_ptr());
-  }
+  p.batch = n.batch;
+  p.slots = n.slots;
+  p.key_width = n.key_width;
+  p.queries = n.queries;
+  p.value_width = n.value_width;
+  p.mask_queries = n.mask_queries;
   p.cosine = cosine;
   p.eps = eps;
   p.query = queries.const_data_ptr();
   p.keys = keys.const_data_ptr();
   p.values = values.has_value() ? values->const_data_ptr() : p.keys;
   p.strengths = data(strengths);
+  p.mask = static_cast<const bool*>(data(mask));
   return p;
 }
 

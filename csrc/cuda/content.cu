@@ -181,7 +181,7 @@ __global__ __launch_bounds__(kThreads) void read_finish(const Read<A, S> p, int6
 std::tuple<Tensor, Tensor> content_read(Tensor queries, Tensor keys, std::optional<Tensor> values,
                                         std::optional<Tensor> strengths, std::optional<Tensor> mask,
                                         bool cosine, double eps) {
-  const Arguments n = check_arguments("content_read", queries, keys, values, strengths, mask);
+  const ContentSizes n = check_arguments("content_read", queries, keys, values, strengths, mask);
   const OnDevice device(keys);
   const ScalarType acc = accumulation_dtype(keys.scalar_type());
   Tensor reads = new_tensor(keys, {n.batch, n.queries, n.value_width}, acc);

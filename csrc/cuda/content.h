@@ -334,62 +334,29 @@ T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Columns are counted in 32 bits.
-inline int width_of(const char* op, const Tensor& tensor) {
-  const int64_t width = tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 0;
-  require(width < int64_t{1} << 30, std::string(op) + ": rows of 2^30 columns or more");
-  return static_cast<int>(width);
-}
-
-struct Arguments {
-  int64_t batch, queries, slots, mask_queries;
-  int key_width, value_width;
-};
-
-inline Arguments check_arguments(const char* op, const Tensor& queries, const Tensor& keys,
-                                 const std::optional<Tensor>& values,
-                                 const std::optional<Tensor>& strengths,
-                                 const std::optional<Tensor>& mask) {
-  require(queries.dim() == 3 && keys.dim() == 3,
-          std::string(op) + ": expected queries (B, Q, K) and keys (B, N, K), got " +
-              shape_text(queries) + " and " + shape_text(keys));
-  Arguments n{};
-  n.batch = keys.size(0);
-  n.slots = keys.size(1);
-  n.key_width = width_of(op, keys);
-  n.queries = queries.size(1);
-  n.value_width = values.has_value() ? width_of(op, *values) : n.key_width;
-  require(n.slots > 0 && n.key_width > 0, std::string(op) + ": keys must have slots and width");
-  const ScalarType dtype = keys.scalar_type();
-  const ScalarType acc = accumulation_dtype(dtype);
-  check_tensor(op, "queries", queries, {n.batch, n.queries, n.key_width}, acc);
-  check_tensor(op, "keys", keys, {n.batch, n.slots, n.key_width}, dtype);
-  check_tensor(op, "values", values, {n.batch, n.slots, n.value_width}, dtype);
-  check_tensor(op, "strengths", strengths, {n.batch, n.queries}, acc);
-  if (mask.has_value()) {
-    n.mask_queries = mask->dim() == 3 ? mask->size(1) : 0;
-    require(n.mask_queries == 1 || n.mask_queries == n.queries,
-            std::string(op) + ": expected mask of shape (B, Q or 1, N), got " + shape_text(*mask));
-    check_tensor(op, "mask", *mask, {n.batch, n.mask_queries, n.slots}, ScalarType::Bool);
-  }
-  check_device(op, "queries", queries, keys);
-  check_device(op, "values", values, keys);
-  check_device(op, "strengths", strengths, keys);
-  check_device(op, "mask", mask, keys);
+// The kernels count columns in 32 bits.
+inline ContentSizes check_arguments(const char* op, const Tensor& queries, const Tensor& keys,
+                                    const std::optional<Tensor>& values,
+                                    const std::optional<Tensor>& strengths,
+                                    const std::optional<Tensor>& mask) {
+  const ContentSizes n = content_sizes(op, queries, keys, values, strengths, mask);
+  require(max(n.key_width, n.value_width) < int64_t{1} << 30,
+          std::string(op) + ": rows of 2^30 columns or more");
   return n;
 }
 
 template <class A, class S>
-Read<A, S> make_read(const Arguments& n, int64_t groups, const Tensor& queries, const Tensor& keys,
-                     const std::optional<Tensor>& values, const std::optional<Tensor>& strengths,
-                     const std::optional<Tensor>& mask, bool cosine, double eps) {
+Read<A, S> make_read(const ContentSizes& n, int64_t groups, const Tensor& queries,
+                     const Tensor& keys, const std::optional<Tensor>& values,
+                     const std::optional<Tensor>& strengths, const std::optional<Tensor>& mask,
+                     bool cosine, double eps) {
   Read<A, S> p{};
   p.split = make_split<S>(n.batch, groups, n.slots, max(n.key_width, n.value_width));
   p.batch = n.batch;
   p.queries = n.queries;
   p.slots = n.slots;
-  p.key_width = n.key_width;
-  p.value_width = n.value_width;
+  p.key_width = static_cast<int>(n.key_width);
+  p.value_width = static_cast<int>(n.value_width);
   p.cosine = cosine;
   p.values_given = values.has_value();
   p.eps = static_cast<A>(eps);

@@ -239,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> content_read_backward(
     std::optional<Tensor> values, std::optional<Tensor> strengths, Tensor reads, Tensor weights,
     bool cosine, double eps) {
   constexpr const char* op = "content_read_backward";
-  const Arguments n = check_arguments(op, queries, keys, values, strengths, std::nullopt);
+  const ContentSizes n = check_arguments(op, queries, keys, values, strengths, std::nullopt);
   const ScalarType dtype = keys.scalar_type();
   const ScalarType acc = accumulation_dtype(dtype);
   check_tensor(op, "grad_reads", grad_reads, {n.batch, n.queries, n.value_width}, acc);

@@ -147,17 +147,6 @@ int blocks_per_multiprocessor(int threads, size_t shared_bytes) {
   return blocks;
 }
 
-// An operator's kernels run on the device of one tensor: the others must be there too.
-inline void check_device(const char* op, const char* name, const Tensor& tensor,
-                         const Tensor& like) {
-  require(tensor.device() == like.device(),
-          std::string(op) + ": " + name + " is on another device than the memory");
-}
-inline void check_device(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                         const Tensor& like) {
-  if (tensor.has_value()) check_device(op, name, *tensor, like);
-}
-
 // Calls f(accumulation number, storage number) with the types that a memory of this dtype has.
 template <class F>
 decltype(auto) for_storage(ScalarType dtype, F&& f) {
