@@ -1,6 +1,8 @@
 // lrua_scan on the GPU: checks, allocation, and which kernels compute it.
 #include "cuda/lrua.h"
 
+#include <cstdlib>
+#include <string_view>
 #include <tuple>
 
 namespace mann_ext::cuda::lrua {
@@ -95,6 +97,19 @@ bool aligned_rows(const Scan<A, S>& scan) {
          aligned(scan.contents);
 }
 
+// How a scan is computed. Resident: one launch for all steps, the memory of a batch element in the
+// shared memory of one multiprocessor. That is where memory, weights, usage and room for sums fit
+// there, as 1,000 slots of 40 float32 numbers do forward: such steps take less time than a launch.
+// Streaming: everything else. Both save the same for the backward pass, which chooses for itself.
+// MANN_EXT_CUDA_REGIME=streaming has all of it stream.
+template <class Bytes>
+bool is_resident(const Sizes& s, Bytes&& bytes) {
+  const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");
+  if (regime != nullptr && std::string_view(regime) == "streaming") return false;
+  const auto most = static_cast<int64_t>(max_shared_bytes());
+  return s.heads <= kGroup && s.width <= kMaxResidentWidth && s.slots <= most && bytes() <= most;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
     Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor gates,
     std::optional<Tensor> strengths, std::optional<Tensor> contents, std::optional<Tensor> reset,
@@ -150,7 +165,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
         if (snapshot_every > 0) p.history.snapshots = pointer<S>(snapshots);
       }
       const bool vectors = aligned_rows(p.scan) && aligned(p.history.memory_out);
-      forward_streaming(p, memory, vectors);
+      if (is_resident(s, [&] { return forward_resident_bytes(p, vectors); }))
+        forward_resident(p, memory, vectors);
+      else
+        forward_streaming(p, memory, vectors);
     });
   }
   return {reads,          memory_out,   weights_out, usage_out,

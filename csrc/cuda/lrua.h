@@ -470,6 +470,14 @@ __device__ __forceinline__ A largest_in_warp(A x) {
 // ---------------------------------------------------------------- host
 
 // Each runs a whole scan, T and B at least 1, in one of two ways; `like` gives room and the device.
+// The resident form is for at most kGroup heads and rows of kMaxResidentWidth columns, and needs so
+// many bytes of a block's shared memory.
+constexpr int kMaxResidentWidth = 512;
+
+template <class A, class S>
+int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors);
+template <class A, class S>
+void forward_resident(const Forward<A, S>& p, const Tensor& like, bool vectors);
 template <class A, class S>
 void forward_streaming(const Forward<A, S>& p, const Tensor& like, bool vectors);
 template <class A, class S>

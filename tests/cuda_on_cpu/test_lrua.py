@@ -18,7 +18,21 @@ SAMPLES = {sample.name: sample for sample in lrua_samples()}
 FORMS = {name: test_lrua.FORMS[name] for name in ("saved", "rolled_back", "every_3")}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
-# The operator's own tests, unchanged.
+
+@pytest.fixture
+def streaming(monkeypatch: pytest.MonkeyPatch):
+    """Memories that would fit in shared memory are streamed as well."""
+    monkeypatch.setenv("MANN_EXT_CUDA_REGIME", "streaming")
+
+
+@pytest.fixture(params=["by_size", "streaming"])
+def regime(request: pytest.FixtureRequest):
+    if request.param == "streaming":
+        request.getfixturevalue("streaming")
+    return request.param
+
+
+# The operator's own tests, unchanged. Of up to four heads, almost all of them are resident.
 test_slots = test_lrua.test_native_chooses_the_same_slots_unforced
 test_sixteen_bit = test_lrua.test_sixteen_bit_memory_is_rounded_every_step
 test_ties = test_lrua.test_ties_go_to_the_lowest_slot
@@ -31,8 +45,23 @@ test_steps = test_lrua.test_a_scan_is_a_loop_of_steps
 test_any_shape = test_lrua.test_any_shape
 
 
+@pytest.mark.usefixtures("streaming")
+class TestStreaming:
+    test_slots = staticmethod(test_lrua.test_native_chooses_the_same_slots_unforced)
+    test_sixteen_bit = staticmethod(test_lrua.test_sixteen_bit_memory_is_rounded_every_step)
+    test_nan_usage = staticmethod(test_lrua.test_nan_usage_counts_as_most_used)
+    test_nan_key = staticmethod(test_lrua.test_nan_in_a_key_stays_in_its_batch_element)
+    test_reset = staticmethod(test_lrua.test_no_gradient_crosses_a_reset)
+    test_sharp = staticmethod(test_lrua.test_sharp_reads_stay_finite)
+
+    @pytest.mark.parametrize("name", ["paper", "tile_and_one", "episode_start"])
+    def test_float32(self, name: str):
+        test_float32(name, "rolled_back")
+
+
 @forms
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.usefixtures("regime")
 def test_float64(sample: Sample, form: dict[str, Any]):
     test_lrua.test_native_equals_the_reference_in_float64(sample, form)
 
@@ -61,16 +90,19 @@ OTHER_SHAPES = [
     _lrua_sample("sharp_and_long", 3, 2, 700, 8, 2, strength=300.0),
     _lrua_sample("sharp_and_many", 3, 1, 300, 4, 6, strength=300.0),
     _lrua_sample("long_reset", 12, 2, 130, 4, 2, reset=True, contents=True),
+    _lrua_sample("rows_without_padding", 2, 1, 900, 20, 2),
 ]
 
 
 @forms
 @pytest.mark.parametrize("sample", OTHER_SHAPES, ids=lambda s: s.name)
+@pytest.mark.usefixtures("regime")
 def test_every_split_of_rows_and_heads(sample: Sample, form: dict[str, Any]):
     test_lrua.test_native_equals_the_reference_in_float64(sample, form)
 
 
 @pytest.mark.parametrize("name", ["typical", "reset_shared", "tile_and_one", "eight_heads"])
+@pytest.mark.usefixtures("regime")
 def test_no_order_of_threads_changes_a_bit(name: str, cuda_on_cpu):
     sample = SAMPLES[name].to(torch.float32)
     for form in FORMS.values():
@@ -85,12 +117,14 @@ def test_no_order_of_threads_changes_a_bit(name: str, cuda_on_cpu):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 40])
+@pytest.mark.usefixtures("streaming")
 def test_any_number_of_multiprocessors(multiprocessors: int, cuda_on_cpu):
     cuda_on_cpu.cuda_on_cpu_set_multiprocessors(multiprocessors)
     sample = _lrua_sample("blocks", 3, 2, 1000, 8, 2)
     test_lrua.test_native_equals_the_reference_in_float64(sample, FORMS["rolled_back"])
 
 
+@pytest.mark.usefixtures("regime")
 def test_rows_that_are_not_aligned():
     sample = _lrua_sample("aligned", 3, 2, 70, 8, 2).to(torch.float32)
     memory, weights, usage, keys, *rest = sample.args
@@ -105,21 +139,24 @@ def test_rows_that_are_not_aligned():
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.usefixtures("regime")
 def test_an_expanded_memory_is_read_where_it_is():
     sample = _lrua_sample("expanded", 3, 2, 70, 8, 2, constant=True)
     assert sample.args[0].stride() == (0, 0, 0)
     test_lrua.test_native_equals_the_reference_in_float64(sample, FORMS["rolled_back"])
 
 
-def test_a_step_is_two_launches_forward_and_one_backward(cuda_on_cpu):
+def test_number_of_launches(regime: str, cuda_on_cpu):
+    """Resident: one forward. Streaming: two a step forward and one backward."""
     steps = SAMPLES["typical"].args[3].shape[0]
     keys = SAMPLES["typical"].args[3].clone().requires_grad_()
     args = SAMPLES["typical"].args
     before = cuda_on_cpu.cuda_on_cpu_launches()
     reads = ops.lrua_scan(*args[:3], keys, *args[4:], snapshot_every=0).reads
-    assert cuda_on_cpu.cuda_on_cpu_launches() - before == 2 * steps + 1
+    forward = 2 * steps + 1 if regime == "streaming" else 1
+    assert cuda_on_cpu.cuda_on_cpu_launches() - before == forward
     reads.sum().backward()
-    assert cuda_on_cpu.cuda_on_cpu_launches() - before == 3 * steps + 3
+    assert cuda_on_cpu.cuda_on_cpu_launches() - before == forward + steps + 2
 
 
 def test_rows_that_do_not_fit_in_shared_memory_are_an_error():

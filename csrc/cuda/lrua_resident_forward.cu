@@ -1,0 +1,450 @@
+// The forward pass of lrua_scan in resident form: see lrua_resident.h.
+//
+// A step is three pieces of work with a barrier after each: rows (erase, write, scores and their
+// exponentials), columns (sums over slots), weights (normalised, usage, least-used slots for the
+// next step, while other warps finish the reads). The next step's vectors arrive meanwhile.
+#include "cuda/lrua_resident.h"
+
+namespace mann_ext::cuda::lrua {
+namespace {
+
+template <class A, class S>
+struct ForwardScan : Forward<A, S> {
+  Layout layout;
+};
+
+template <class A, class S>
+struct ForwardMemory {
+  S* rows;                   // [rows][stride]
+  A* weights;                // [rows][heads]: w_t; exponentials until they are normalised
+  A* usage;                  // [rows]
+  A* partial;                // [groups][heads][width]
+  A *keys, *contents;        // [2][heads][width], of step t in half t % 2
+  A *length, *strength;      // [2][heads]
+  A* gate;                   // [2][heads]
+  A* totals;                 // [warps][heads]
+  UsageOrder<A>* least_key;  // [warps][heads]
+  unsigned* least_slot;
+  int64_t bytes;
+
+  __host__ __device__ ForwardMemory(const Layout& layout, bool apart, unsigned char* base) {
+    Arena arena(base);
+    const int64_t vectors = int64_t{kHeads} * layout.width();
+    rows = arena.take<S>(int64_t{layout.rows} * layout.stride);
+    weights = arena.take<A>(int64_t{layout.rows} * kHeads);
+    usage = arena.take<A>(layout.rows);
+    keys = arena.take<A>(2 * vectors);
+    contents = apart ? arena.take<A>(2 * vectors) : keys;
+    length = arena.take<A>(2 * kHeads);
+    strength = arena.take<A>(2 * kHeads);
+    gate = arena.take<A>(2 * kHeads);
+    bytes_of_state = arena.used();
+    partial = arena.take<A>(layout.groups * vectors);
+    totals = arena.take<A>(kMaxWarps * kHeads);
+    least_key = arena.take<UsageOrder<A>>(kMaxWarps * kHeads);
+    least_slot = arena.take<unsigned>(kMaxWarps * kHeads);
+    bytes = arena.used();
+  }
+  int64_t bytes_of_state;  // up to here numbers that are not there must be zero
+};
+
+// What a thread has of one step.
+template <class A>
+struct Step {
+  int64_t t, b;
+  bool reset;
+  unsigned slots[kHeads];  // erased and written
+};
+
+// Erase, write and score all rows; each warp has every so many tiles.
+template <class A, class S>
+__device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
+                                             const ForwardMemory<A, S>& room, const Step<A>& step) {
+  const Sizes& s = p.scan.sizes;
+  const Layout& layout = p.layout;
+  const int half = static_cast<int>(step.t & 1), slots = static_cast<int>(s.slots);
+  const int lane_of_warp = threadIdx.x % kWarp, lane = lane_of_warp % kHeads;
+  const int warp = threadIdx.x / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+  const bool apart = room.contents != room.keys;
+  const A* keys = room.keys + half * kHeads * layout.width();
+  const A* contents = room.contents + half * kHeads * layout.width();
+  const A length = room.length[half * kHeads + lane],
+          strength = room.strength[half * kHeads + lane];
+  const bool shifted = is_shifted(strength);
+  const int64_t of_batch = step.b * s.slots * s.width;
+  S* last = step.t + 1 == s.steps ? p.history.memory_out + of_batch : nullptr;
+  S* saved = p.history.snapshots != nullptr && p.scan.has_snapshot(step.t)
+                 ? p.history.snapshots + p.scan.snapshot_at(step.t, step.b)
+                 : nullptr;
+  S* erased_rows = p.history.erased_rows == nullptr
+                       ? nullptr
+                       : p.history.erased_rows + p.scan.at(step.t, step.b) * s.chosen * s.width;
+  A total = 0;
+#pragma unroll 1
+  for (int tile = warp * kTileRows; tile < layout.rows; tile += warps * kTileRows) {
+    const int row0 = tile + lane_of_warp / kHeads;
+    A write[kRows][kHeads], dots[kRows][kHeads] = {}, square[kRows] = {};
+    int mark[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int row = row0 + j * kRowStep;
+      mark[j] = find_slot(step.slots, row);
+      load_run<kHeads>(room.weights + row * kHeads, write[j]);
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+        const A previous = step.reset ? A(row == 0) : write[j][g];
+        write[j][g] = g < s.heads
+                          ? p.scan.write_weight(room.gate[half * kHeads + g], previous, g, mark[j])
+                          : A(0);
+      }
+    }
+#pragma unroll 1
+    for (int column = lane * kColumns; column < layout.width(); column += kHeads * kColumns) {
+      A vectors[kHeads][kColumns], run[kRows][kColumns];
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g)
+        load_run<kColumns>(contents + g * layout.width() + column, vectors[g]);
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const int row = row0 + j * kRowStep;
+        S* numbers = room.rows + row * layout.stride + column;
+        load_run<kColumns>(numbers, run[j]);
+        if (step.reset)
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i)
+            run[j][i] = row < slots && column + i < s.width ? to_acc<A>(p.scan.initial) : A(0);
+        if (mark[j] >= 0) {
+          if (erased_rows != nullptr)
+            store_columns(erased_rows + mark[j] * s.width, column, run[j], s.width, layout.vectors);
+#pragma unroll
+          for (A& number : run[j]) number = 0;
+        }
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) add_scaled<kColumns>(run[j], write[j][g], vectors[g]);
+        round_run<S, kColumns>(run[j]);
+        store_run<kColumns>(numbers, run[j]);
+        add_dot<kColumns>(square[j], run[j], run[j]);
+        const int64_t at = int64_t{row} * s.width;
+        if (last != nullptr && row < slots)
+          store_columns(last + at, column, run[j], s.width, layout.vectors);
+        if (saved != nullptr && row < slots)
+          store_columns(saved + at, column, run[j], s.width, layout.vectors);
+      }
+      if (apart)
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g)
+          load_run<kColumns>(keys + g * layout.width() + column, vectors[g]);
+#pragma unroll
+      for (int j = 0; j < kRows; ++j)
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) add_dot<kColumns>(dots[j][g], run[j], vectors[g]);
+    }
+    __syncwarp();  // the weights have been read
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int row = row0 + j * kRowStep;
+      const A dot = sum_scattered(dots[j], lane), norm = square_root(sum_row(square[j]));
+      A value = 0;
+      if (lane < s.heads && row < slots) {
+        value = strength * dot / (length * norm + p.scan.eps);
+        if (!shifted) total += value = exponential(value);
+      }
+      room.weights[row * kHeads + lane] = value;
+      if (lane == 0) {
+        A usage = p.usage_decay * (step.reset ? A(row == 0) : room.usage[row]);
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) usage += write[j][g];
+        room.usage[row] = usage;
+      }
+    }
+  }
+  total = sum_head(total);
+  if (lane_of_warp < kHeads) room.totals[warp * kHeads + lane] = total;
+}
+
+// Scores to exponentials, less the largest score, for the heads that need it.
+template <class A, class S>
+__device__ __forceinline__ void shift_scores(const ForwardScan<A, S>& p,
+                                             const ForwardMemory<A, S>& room, int half) {
+  constexpr A kNothing = -std::numeric_limits<A>::infinity();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int slots = static_cast<int>(p.scan.sizes.slots);
+  if (warp < p.scan.sizes.heads && is_shifted(room.strength[half * kHeads + warp])) {
+    A* scores = room.weights + warp;
+    A top = kNothing, total = 0;
+    for (int row = lane; row < slots; row += kWarp) top = larger(top, scores[row * kHeads]);
+    top = largest_in_warp(top);
+    for (int row = lane; row < slots; row += kWarp) {
+      A& score = scores[row * kHeads];
+      score = score == kNothing ? A(0) : exponential(score - top);
+      total += score;
+    }
+    total = warp_sum(total);
+    if (lane == 0) room.totals[warp] = total;  // the warps' were zero
+  }
+  __syncthreads();
+}
+
+// Each warp finds the least-used of its slots, from `first` to before `end`.
+template <class A>
+struct Chooser {
+  Least<UsageOrder<A>> least;
+
+  __device__ void offer(A usage, int row) {
+    least.offer(usage_order(usage), static_cast<unsigned>(row));
+  }
+  template <class S>
+  __device__ void finish(const ForwardMemory<A, S>& room, int warp) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      UsageOrder<A> key;
+      unsigned slot;
+      least.take(&key, &slot);
+      if (lane == 0) {
+        room.least_key[warp * kHeads + k] = key;
+        room.least_slot[warp * kHeads + k] = slot;
+      }
+    }
+  }
+};
+
+// The n slots that step t erases and writes, in the registers of every thread.
+template <class A, class S>
+__device__ __forceinline__ void choose_slots(const ForwardScan<A, S>& p,
+                                             const ForwardMemory<A, S>& room, Step<A>& step) {
+  const Sizes& s = p.scan.sizes;
+  if (step.reset) {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      step.slots[k] = static_cast<unsigned>(k + 1) % static_cast<unsigned>(s.slots);
+  } else if (p.layout.choosing_warps == 1) {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) step.slots[k] = room.least_slot[k];
+  } else {
+    Least<UsageOrder<A>> least;
+    for (int i = threadIdx.x % kWarp; i < p.layout.choosing_warps * kHeads; i += kWarp)
+      least.offer(room.least_key[i], room.least_slot[i]);
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      UsageOrder<A> key;
+      least.take(&key, &step.slots[k]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k)
+    if (k >= s.chosen) step.slots[k] = kNoSlot;
+  if (threadIdx.x == 0 && p.history.slots != nullptr)
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      if (k < s.chosen) p.history.slots[p.scan.at(step.t, step.b) * s.chosen + k] = step.slots[k];
+}
+
+// w_t = exponentials / totals; u_t += sum_r w_t; the least-used slots of each choosing warp.
+template <class A, class S>
+__device__ __forceinline__ void forward_weights(const ForwardScan<A, S>& p,
+                                                const ForwardMemory<A, S>& room,
+                                                const Step<A>& step, const A (&inverse)[kHeads]) {
+  const Sizes& s = p.scan.sizes;
+  const int warp = threadIdx.x / kWarp, slots = static_cast<int>(s.slots);
+  const int padded = static_cast<int>(s.padded);
+  if (warp >= p.layout.choosing_warps) return;
+  const bool last = step.t + 1 == s.steps;
+  A* history = p.history.weights == nullptr
+                   ? nullptr
+                   : p.history.weights + p.scan.at(step.t, step.b) * s.heads * s.padded;
+  A* weights_out = p.weights_out + step.b * s.heads * s.slots;
+  Chooser<A> chooser;
+#pragma unroll 1
+  for (int row = threadIdx.x; row < padded; row += p.layout.choosing_warps * kWarp) {
+    A w[kHeads] = {};
+    if (row < slots) {
+      load_run<kHeads>(room.weights + row * kHeads, w);
+      A usage = room.usage[row];
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+        w[g] *= inverse[g];
+        usage += w[g];
+        if (last && g < s.heads) weights_out[g * s.slots + row] = w[g];
+      }
+      store_run<kHeads>(room.weights + row * kHeads, w);
+      room.usage[row] = usage;
+      if (last) p.usage_out[step.b * s.slots + row] = usage;
+      chooser.offer(usage, row);
+    }
+    if (history != nullptr)
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g)
+        if (g < s.heads) history[g * s.padded + row] = w[g];
+  }
+  if (!last) chooser.finish(room, warp);
+}
+
+template <class A, class S>
+__global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan<A, S> p) {
+  const Sizes& s = p.scan.sizes;
+  const Layout& layout = p.layout;
+  unsigned char* base = shared_memory<unsigned char>();
+  const ForwardMemory<A, S> room(layout, p.scan.contents != p.scan.keys, base);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lane_of_warp = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
+  const int slots = static_cast<int>(s.slots), width = layout.width();
+  const bool apart = room.contents != room.keys;
+  const int group = thread / layout.runs, column = thread % layout.runs * kColumns;
+  Step<A> step{};
+  step.b = blockIdx.x;
+
+  const auto fetch = [&](int64_t t) {
+    const int64_t half = (t & 1) * kHeads * width;
+    fetch_vectors(room.keys + half, p.scan.key(t, step.b), s, layout);
+    if (apart) fetch_vectors(room.contents + half, p.scan.content(t, step.b), s, layout);
+    async_commit();
+  };
+  // Gate and strength of the coming step, on their way in the first threads' registers.
+  A gate = 0, strength = 0;
+  bool reset = false;
+  const auto fetch_scalars = [&](int64_t t) {
+    reset = p.scan.resets(t, step.b);
+    if (thread < s.heads) {
+      gate = p.scan.gate(t, step.b, thread);
+      strength = p.scan.strength(t, step.b, thread);
+    }
+  };
+  // When the vectors have arrived: what the rows need of a step besides.
+  const auto prepare = [&](int64_t t) {
+    const int half = static_cast<int>(t & 1) * kHeads;
+    if (thread < s.heads) {
+      room.gate[half + thread] = gate;
+      room.strength[half + thread] = strength;
+    }
+    for (int r = warps - 1 - warp; r < s.heads; r += warps) {
+      const A length = length_by_warp(room.keys + (half + r) * width, width);
+      if (lane_of_warp == 0) room.length[half + r] = length;
+    }
+  };
+
+  fill_zero(reinterpret_cast<int4*>(base), room.bytes_of_state / 16);
+  __syncthreads();
+  fetch(0);
+  fetch_scalars(0);
+  const auto fetch_memory = [&](auto vectors) {
+    fetch_initial<decltype(vectors)::value>(p.scan, room.rows, layout.stride, step.b, true, 0,
+                                            slots, slots);
+  };
+  layout.vectors ? fetch_memory(std::true_type{}) : fetch_memory(std::false_type{});
+  async_commit();
+  for (int r = 0; r < s.heads; ++r)
+    for (int row = thread; row < slots; row += threads)
+      room.weights[row * kHeads + r] = p.scan.read_weights[(step.b * s.heads + r) * s.slots + row];
+  if (warp < layout.choosing_warps) {
+    Chooser<A> chooser;
+#pragma unroll 1
+    for (int row = thread; row < slots; row += layout.choosing_warps * kWarp) {
+      const A usage = p.usage[step.b * s.slots + row];
+      room.usage[row] = usage;
+      chooser.offer(usage, row);
+    }
+    chooser.finish(room, warp);
+  }
+  async_wait<0>();
+  __syncthreads();
+  prepare(0);
+  __syncthreads();
+
+#pragma unroll 1
+  for (step.t = 0; step.t < s.steps; ++step.t) {
+    const int half = static_cast<int>(step.t & 1);
+    const bool more = step.t + 1 < s.steps;
+    step.reset = reset;
+    if (more) {
+      fetch(step.t + 1);
+      fetch_scalars(step.t + 1);
+    }
+    choose_slots(p, room, step);
+    forward_rows(p, room, step);
+    __syncthreads();
+    bool shifted = false;
+#pragma unroll
+    for (int r = 0; r < kHeads; ++r)
+      shifted = shifted || is_shifted(room.strength[half * kHeads + r]);
+    if (shifted) shift_scores(p, room, half);
+
+    if (group < layout.groups) {
+      A sums[kHeads][kColumns] = {};
+#pragma unroll 2
+      for (int row = group; row < slots; row += layout.groups) {
+        A run[kColumns], w[kHeads];
+        load_run<kColumns>(room.rows + row * layout.stride + column, run);
+        load_run<kHeads>(room.weights + row * kHeads, w);
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) add_scaled<kColumns>(sums[g], w[g], run);
+      }
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g)
+        store_run<kColumns>(room.partial + (group * kHeads + g) * width + column, sums[g]);
+    }
+    A inverse[kHeads];
+    const A total = sum_warps(room.totals, warps);
+    const A own = lane_of_warp % kHeads < s.heads ? A(1) / total : A(0);
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) inverse[g] = __shfl_sync(kAllLanes, own, g);
+    async_wait<0>();
+    __syncthreads();
+
+    forward_weights(p, room, step, inverse);
+    // The reads, by the warps that choose no slots if there are some.
+    A* reads = p.history.reads + p.scan.at(step.t, step.b) * s.heads * s.width;
+#pragma unroll 1
+    for (int i = threads - 1 - thread; i < s.heads * s.width; i += threads) {
+      const int r = i / s.width;
+      const A* from = room.partial + r * width + i % s.width;
+      A sum = 0;
+#pragma unroll 4
+      for (int k = 0; k < layout.groups; ++k) sum += from[k * kHeads * width];
+      reads[i] = sum * of_head(inverse, r);
+    }
+    if (more) prepare(step.t + 1);
+    __syncthreads();
+  }
+}
+
+template <class A, class S>
+Layout forward_layout(const Forward<A, S>& p, bool vectors) {
+  const bool apart = p.scan.contents != p.scan.keys;
+  return fit_layout<A>(p.scan.sizes, vectors, [&](const Layout& layout) {
+    return ForwardMemory<A, S>(layout, apart, nullptr).bytes;
+  });
+}
+
+}  // namespace
+
+template <class A, class S>
+int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors) {
+  return ForwardMemory<A, S>(forward_layout(p, vectors), p.scan.contents != p.scan.keys, nullptr)
+      .bytes;
+}
+
+template <class A, class S>
+void forward_resident(const Forward<A, S>& arguments, const Tensor& like, bool vectors) {
+  const OnDevice device(like);
+  ForwardScan<A, S> p{};
+  static_cast<Forward<A, S>&>(p) = arguments;
+  p.layout = forward_layout(arguments, vectors);
+  launch<forward_scan<A, S>>(
+      {.grid = grid_size(p.scan.sizes.batch),
+       .block = static_cast<unsigned>(p.layout.threads),
+       .stream = device.stream(),
+       .shared_bytes = static_cast<size_t>(forward_resident_bytes(arguments, vectors))},
+      p);
+}
+
+#define INSTANTIATE(A, S)                                              \
+  template int64_t forward_resident_bytes(const Forward<A, S>&, bool); \
+  template void forward_resident(const Forward<A, S>&, const Tensor&, bool)
+INSTANTIATE(float, float);
+INSTANTIATE(double, double);
+INSTANTIATE(float, __nv_bfloat16);
+INSTANTIATE(float, __half);
+#undef INSTANTIATE
+
+}  // namespace mann_ext::cuda::lrua
