@@ -245,8 +245,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
       const bool vectors = aligned_rows(p.scan) && aligned(p.history.memory_out) &&
                            aligned(p.history.erased_rows) && aligned(p.history.snapshots) &&
                            aligned(p.grad_reads) && aligned(p.grad_memory) &&
-                           aligned(p.history.weights);
-      backward_streaming(p, memory, vectors);
+                           aligned(p.history.reads) && aligned(p.history.weights);
+      if (aligned(p.history.weights) &&
+          is_resident(s, [&] { return backward_resident_bytes(p, vectors); }))
+        backward_resident(p, memory, vectors);
+      else
+        backward_streaming(p, memory, vectors);
     });
   }
   return {grad_memory_in, grad_weights_in, grad_keys, grad_gates, grad_strengths, grad_contents};

@@ -481,6 +481,10 @@ void forward_resident(const Forward<A, S>& p, const Tensor& like, bool vectors);
 template <class A, class S>
 void forward_streaming(const Forward<A, S>& p, const Tensor& like, bool vectors);
 template <class A, class S>
+int64_t backward_resident_bytes(const Backward<A, S>& p, bool vectors);
+template <class A, class S>
+void backward_resident(const Backward<A, S>& p, const Tensor& like, bool vectors);
+template <class A, class S>
 void backward_streaming(const Backward<A, S>& p, const Tensor& like, bool vectors);
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
