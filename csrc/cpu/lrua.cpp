@@ -8,7 +8,7 @@
 
 #include "cpu/driver.h"
 #include "cpu/isa.h"
-#include "ops.h"
+#include "lrua_tensors.h"
 
 namespace mann_ext::lrua {
 namespace {
@@ -30,50 +30,24 @@ int64_t tiles_a_block(int64_t width, int64_t acc_bytes) {
   return std::clamp<int64_t>((320 << 10) / bytes, 1, 32);
 }
 
-Shape make_shape(const Tensor& memory, const Tensor& keys) {
-  require(memory.dim() == 3,
-          "lrua_scan: expected memory of shape (B, N, W), got " + shape_text(memory));
-  require(keys.dim() == 4,
-          "lrua_scan: expected keys of shape (T, B, R, W), got " + shape_text(keys));
-  Shape s{};
-  s.steps = keys.size(0);
-  s.batch = memory.size(0);
-  s.slots = memory.size(1);
-  s.width = memory.size(2);
-  s.heads = keys.size(2);
-  require(s.slots > 0 && s.width > 0 && s.heads > 0,
-          "lrua_scan: slots, width and heads must be at least 1, got memory " + shape_text(memory) +
-              " and keys " + shape_text(keys));
-  require(s.heads <= kMaxHeads, "lrua_scan: at most 64 heads, got " + std::to_string(s.heads));
-  s.chosen = std::min(s.heads, s.slots);
-  s.tiles = (s.slots + kTile - 1) / kTile;
-  s.padded = s.tiles * kTile;
-  s.block_tiles = tiles_a_block(
-      s.width, accumulation_dtype(memory.scalar_type()) == ScalarType::Double ? 8 : 4);
+Shape make_shape(const Sizes& sizes, ScalarType acc) {
+  Shape s{sizes, sizes.padded / kTile, 0, 0};
+  s.block_tiles = tiles_a_block(s.width, acc == ScalarType::Double ? 8 : 4);
   s.blocks = (s.tiles + s.block_tiles - 1) / s.block_tiles;
   return s;
 }
 
-Inputs make_inputs(const char* op, const Shape& s, const Tensor& memory, const Tensor& read_weights,
-                   const Tensor& keys, const Tensor& gates, const std::optional<Tensor>& strengths,
-                   const std::optional<Tensor>& contents, const std::optional<Tensor>& reset) {
-  const ScalarType acc = accumulation_dtype(memory.scalar_type());
-  check_tensor(op, "read_weights", read_weights, {s.batch, s.heads, s.slots}, acc);
-  check_tensor(op, "keys", keys, {s.steps, s.batch, s.heads, s.width}, acc);
-  check_tensor(op, "gates", gates, {s.steps, s.batch, s.heads}, acc);
-  check_tensor(op, "strengths", strengths, {s.steps, s.batch, s.heads}, acc);
-  check_tensor(op, "contents", contents, {s.steps, s.batch, s.heads, s.width}, acc);
-  check_tensor(op, "reset", reset, {s.steps, s.batch}, ScalarType::Bool);
-  return Inputs{memory.const_data_ptr(),
-                memory.stride(0),
-                memory.stride(1),
-                memory.stride(2),
-                read_weights.const_data_ptr(),
-                keys.const_data_ptr(),
-                gates.const_data_ptr(),
-                data(strengths),
-                contents.has_value() ? contents->const_data_ptr() : keys.const_data_ptr(),
-                static_cast<const bool*>(data(reset))};
+Inputs make_inputs(const Given& in) {
+  return {in.memory.const_data_ptr(),
+          in.memory.stride(0),
+          in.memory.stride(1),
+          in.memory.stride(2),
+          in.read_weights.const_data_ptr(),
+          in.keys.const_data_ptr(),
+          in.gates.const_data_ptr(),
+          data(in.strengths),
+          in.contents.has_value() ? in.contents->const_data_ptr() : in.keys.const_data_ptr(),
+          static_cast<const bool*>(data(in.reset))};
 }
 
 // Steps whose writes are deferred together: what was asked for, or by size.
@@ -118,52 +92,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
     std::optional<Tensor> strengths, std::optional<Tensor> contents, std::optional<Tensor> reset,
     double usage_decay, bool shared, double eps, double initial_value, int64_t snapshot_every,
     int64_t chunk, bool save_for_backward) {
+  constexpr const char* op = "lrua_scan";
+  const Given in{memory, read_weights, keys, gates, strengths, contents, reset};
   Forward p{};
-  const Shape s = p.shape = make_shape(memory, keys);
-  require(snapshot_every >= 0, "lrua_scan: snapshot_every must be 0 or more");
-  require(chunk >= 0 && chunk <= kMaxChunk, "lrua_scan: chunk must be 0 (chosen here) to 32");
-  const bool saves = save_for_backward && snapshot_every > 0;
+  const Shape s = p.shape = make_shape(check_arguments(op, in), in.acc());
+  check(op, in, "usage", usage, {s.batch, s.slots}, in.acc());
+  check_options(snapshot_every, chunk);
+  const bool snapshots = save_for_backward && snapshot_every > 0;
   p.options = {usage_decay,    eps,
                initial_value,  shared,
-               snapshot_every, steps_a_chunk(s, memory.scalar_type(), chunk, saves)};
-  p.in = make_inputs("lrua_scan", s, memory, read_weights, keys, gates, strengths, contents, reset);
-  const ScalarType dtype = memory.scalar_type();
-  const ScalarType acc = accumulation_dtype(dtype);
-  check_tensor("lrua_scan", "usage", usage, {s.batch, s.slots}, acc);
+               snapshot_every, steps_a_chunk(s, in.dtype(), chunk, snapshots)};
+  p.in = make_inputs(in);
   p.usage = usage.const_data_ptr();
-
-  Tensor reads = new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc);
-  Tensor memory_out = new_tensor(memory, {s.batch, s.slots, s.width}, dtype);
-  Tensor weights_out = new_tensor(memory, {s.batch, s.heads, s.slots}, acc);
-  Tensor usage_out = new_tensor(memory, {s.batch, s.slots}, acc);
-  Tensor weight_history = new_tensor(memory, {0}, acc);
-  Tensor slot_history = new_tensor(memory, {0}, ScalarType::Long);
-  Tensor erased_rows = new_tensor(memory, {0}, dtype);
-  Tensor snapshots = new_tensor(memory, {0}, dtype);
-  p.reads = reads.mutable_data_ptr();
-  p.memory_out = memory_out.mutable_data_ptr();
-  p.weights_out = weights_out.mutable_data_ptr();
-  p.usage_out = usage_out.mutable_data_ptr();
+  Outputs out = make_outputs(in, s, snapshot_every, save_for_backward);
+  p.reads = out.reads.mutable_data_ptr();
+  p.memory_out = out.memory.mutable_data_ptr();
+  p.weights_out = out.weights.mutable_data_ptr();
+  p.usage_out = out.usage.mutable_data_ptr();
   if (save_for_backward) {
-    weight_history = new_tensor(memory, {s.steps, s.batch, s.heads, s.padded}, acc);
-    p.weight_history = weight_history.mutable_data_ptr();
-    slot_history = new_tensor(memory, {s.steps, s.batch, s.chosen}, ScalarType::Long);
-    p.slot_history = slot_history.mutable_data_ptr<int64_t>();
-    if (snapshot_every != 1) {
-      erased_rows = new_tensor(memory, {s.steps, s.batch, s.chosen, s.width}, dtype);
-      p.erased_rows = erased_rows.mutable_data_ptr();
-    }
-    const int64_t count = snapshot_every > 0 ? s.steps / snapshot_every : 0;
-    snapshots = new_tensor(memory, {count, s.batch, s.padded * s.width}, dtype);
-    if (snapshot_every > 0) p.snapshots = snapshots.mutable_data_ptr();
+    p.weight_history = out.weight_history.mutable_data_ptr();
+    p.slot_history = out.slot_history.mutable_data_ptr<int64_t>();
+    if (snapshot_every != 1) p.erased_rows = out.erased_rows.mutable_data_ptr();
+    if (snapshots) p.snapshots = out.snapshots.mutable_data_ptr();
   }
-  for (const Tensor& large : {memory_out, weights_out, weight_history, snapshots})
+  for (const Tensor& large : {out.memory, out.weights, out.weight_history, out.snapshots})
     prefer_huge_pages(large);
 
   if (s.steps == 0) {
-    torch::stable::copy_(memory_out, memory);
-    torch::stable::copy_(weights_out, read_weights);
-    torch::stable::copy_(usage_out, usage);
+    pass_through(out, in, usage);
   } else if (s.batch > 0) {
     const Kernels& k = kernels(storage_of(memory));
     const int64_t bytes = k.forward_scratch_bytes(p);
@@ -185,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
       k.forward_end(p, room, b);
     });
   }
-  return {reads,          memory_out,   weights_out, usage_out,
-          weight_history, slot_history, erased_rows, snapshots};
+  return {out.reads,          out.memory,       out.weights,     out.usage,
+          out.weight_history, out.slot_history, out.erased_rows, out.snapshots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
@@ -196,37 +152,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
     Tensor weight_history, Tensor slot_history, Tensor erased_rows, Tensor snapshots, bool shared,
     double eps, double initial_value, int64_t snapshot_every, bool need_memory_grad) {
   constexpr const char* op = "lrua_scan_backward";
+  const Given in{memory, read_weights, keys, gates, strengths, contents, reset};
+  const Saved saved{grad_reads,     grad_memory,  grad_read_weights, reads,    memory_out,
+                    weight_history, slot_history, erased_rows,       snapshots};
   Backward p{};
-  const Shape s = p.shape = make_shape(memory, keys);
+  const Shape s = p.shape = make_shape(check_arguments(op, in), in.acc());
+  check_saved(op, in, s, saved, snapshot_every);
   p.options = {0, eps, initial_value, shared, snapshot_every, 1};
-  p.in = make_inputs(op, s, memory, read_weights, keys, gates, strengths, contents, reset);
-  const ScalarType dtype = memory.scalar_type();
-  const ScalarType acc = accumulation_dtype(dtype);
-  check_tensor(op, "grad_reads", grad_reads, {s.steps, s.batch, s.heads, s.width}, acc);
-  check_tensor(op, "grad_memory", grad_memory, {s.batch, s.slots, s.width}, dtype);
-  check_tensor(op, "grad_read_weights", grad_read_weights, {s.batch, s.heads, s.slots}, acc);
-  check_tensor(op, "reads", reads, {s.steps, s.batch, s.heads, s.width}, acc);
-  check_tensor(op, "memory_out", memory_out, {s.batch, s.slots, s.width}, dtype);
-  check_tensor(op, "weight_history", weight_history, {s.steps, s.batch, s.heads, s.padded}, acc);
-  check_tensor(op, "slot_history", slot_history, {s.steps, s.batch, s.chosen}, ScalarType::Long);
-  if (snapshot_every != 1)
-    check_tensor(op, "erased_rows", erased_rows, {s.steps, s.batch, s.chosen, s.width}, dtype);
-  check_tensor(op, "snapshots", snapshots,
-               {snapshot_every > 0 ? s.steps / snapshot_every : 0, s.batch, s.padded * s.width},
-               dtype);
-
-  Tensor grad_memory_in = need_memory_grad ? new_tensor(memory, {s.batch, s.slots, s.width}, dtype)
-                                           : new_tensor(memory, {0}, dtype);
-  Tensor grad_weights_in = new_tensor(memory, {s.batch, s.heads, s.slots}, acc);
-  Tensor grad_keys = new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc);
-  Tensor grad_gates = new_tensor(memory, {s.steps, s.batch, s.heads}, acc);
-  Tensor grad_strengths = strengths.has_value()
-                              ? new_tensor(memory, {s.steps, s.batch, s.heads}, acc)
-                              : new_tensor(memory, {0}, acc);
-  Tensor grad_contents = contents.has_value()
-                             ? new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc)
-                             : new_tensor(memory, {0}, acc);
-  for (const Tensor& large : {grad_memory_in, grad_weights_in}) prefer_huge_pages(large);
+  p.in = make_inputs(in);
+  Gradients out = make_gradients(in, s, need_memory_grad);
+  for (const Tensor& large : {out.memory, out.read_weights}) prefer_huge_pages(large);
   p.reads = reads.const_data_ptr();
   p.memory_out = memory_out.const_data_ptr();
   p.weight_history = weight_history.const_data_ptr();
@@ -236,24 +171,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
   p.grad_reads = grad_reads.const_data_ptr();
   p.grad_memory = data(grad_memory);
   p.grad_weights = data(grad_read_weights);
-  p.grad_memory_in = need_memory_grad ? grad_memory_in.mutable_data_ptr() : nullptr;
-  p.grad_weights_in = grad_weights_in.mutable_data_ptr();
-  p.grad_keys = grad_keys.mutable_data_ptr();
-  p.grad_gates = grad_gates.mutable_data_ptr();
-  p.grad_strengths = strengths.has_value() ? grad_strengths.mutable_data_ptr() : nullptr;
-  p.grad_contents = contents.has_value() ? grad_contents.mutable_data_ptr() : nullptr;
+  p.grad_memory_in = need_memory_grad ? out.memory.mutable_data_ptr() : nullptr;
+  p.grad_weights_in = out.read_weights.mutable_data_ptr();
+  p.grad_keys = out.keys.mutable_data_ptr();
+  p.grad_gates = out.gates.mutable_data_ptr();
+  p.grad_strengths = strengths.has_value() ? out.strengths.mutable_data_ptr() : nullptr;
+  p.grad_contents = contents.has_value() ? out.contents.mutable_data_ptr() : nullptr;
 
   if (s.steps == 0) {
-    if (need_memory_grad) {
-      if (grad_memory.has_value())
-        torch::stable::copy_(grad_memory_in, *grad_memory);
-      else
-        torch::stable::zero_(grad_memory_in);
-    }
-    if (grad_read_weights.has_value())
-      torch::stable::copy_(grad_weights_in, *grad_read_weights);
-    else
-      torch::stable::zero_(grad_weights_in);
+    pass_through(out, saved, need_memory_grad);
   } else if (s.batch > 0) {
     const Kernels& k = kernels(storage_of(memory));
     const int64_t bytes = k.backward_scratch_bytes(p);
@@ -268,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
       k.backward_end(p, room, b);
     });
   }
-  return {grad_memory_in, grad_weights_in, grad_keys, grad_gates, grad_strengths, grad_contents};
+  return {out.memory, out.read_weights, out.keys, out.gates, out.strengths, out.contents};
 }
 
 }  // namespace

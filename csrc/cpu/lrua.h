@@ -10,19 +10,17 @@
 
 #include <cstdint>
 
+#include "lrua_sizes.h"
+
 namespace mann_ext::lrua {
 
 constexpr int64_t kTile = 64;
-constexpr int64_t kMaxHeads = 64;
-constexpr int64_t kMaxChunk = 32;
+static_assert(kTile == kPadding);
 
 enum class Storage { float32, float64, bfloat16, float16 };
 
-struct Shape {
-  int64_t steps, batch, slots, width, heads;
-  int64_t chosen;       // n = min(heads, slots): slots erased and written a step
-  int64_t tiles;        // ceil(slots / kTile)
-  int64_t padded;       // tiles * kTile
+struct Shape : Sizes {
+  int64_t tiles;        // padded / kTile
   int64_t block_tiles;  // tiles a block
   int64_t blocks;
 };

@@ -1,0 +1,19 @@
+// Sizes and limits of the LRUA operators, the same on every device.
+#pragma once
+
+#include <cstdint>
+
+namespace mann_ext::lrua {
+
+constexpr int64_t kMaxHeads = 64;
+constexpr int64_t kMaxChunk = 32;
+// Rows of the weight history are padded to a multiple of this many slots.
+constexpr int64_t kPadding = 64;
+
+struct Sizes {
+  int64_t steps, batch, slots, width, heads;
+  int64_t chosen;  // n = min(heads, slots): slots erased and written a step
+  int64_t padded;  // slots, padded
+};
+
+}  // namespace mann_ext::lrua
