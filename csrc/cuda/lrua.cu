@@ -5,29 +5,24 @@
 #include <string_view>
 #include <tuple>
 
+#include "lrua_tensors.h"
+
 namespace mann_ext::cuda::lrua {
 namespace {
 
-Sizes make_sizes(const char* op, const Tensor& memory, const Tensor& keys) {
-  require(memory.dim() == 3,
-          std::string(op) + ": expected memory of shape (B, N, W), got " + shape_text(memory));
-  require(keys.dim() == 4,
-          std::string(op) + ": expected keys of shape (T, B, R, W), got " + shape_text(keys));
-  Sizes s{};
-  s.steps = keys.size(0);
-  s.batch = memory.size(0);
-  s.slots = memory.size(1);
-  require(memory.size(2) < int64_t{1} << 30, std::string(op) + ": rows of 2^30 columns or more");
-  s.width = static_cast<int>(memory.size(2));
-  require(keys.size(2) <= kMaxHeads,
-          std::string(op) + ": at most 64 heads, got " + std::to_string(keys.size(2)));
-  s.heads = static_cast<int>(keys.size(2));
-  require(s.slots > 0 && s.width > 0 && s.heads > 0,
-          std::string(op) + ": slots, width and heads must be at least 1, got memory " +
-              shape_text(memory) + " and keys " + shape_text(keys));
-  s.chosen = static_cast<int>(min(int64_t{s.heads}, s.slots));
-  s.padded = (s.slots + kPadding - 1) / kPadding * kPadding;
-  return s;
+namespace tensors = mann_ext::lrua;
+using tensors::Given;
+
+// The kernels count columns and heads in 32 bits.
+Sizes narrowed(const char* op, const tensors::Sizes& s) {
+  require(s.width < int64_t{1} << 30, std::string(op) + ": rows of 2^30 columns or more");
+  return {s.steps,
+          s.batch,
+          s.slots,
+          s.padded,
+          static_cast<int>(s.width),
+          static_cast<int>(s.heads),
+          static_cast<int>(s.chosen)};
 }
 
 struct Options {
@@ -35,29 +30,6 @@ struct Options {
   double eps, initial_value;
   int64_t snapshot_every;
 };
-
-struct Given {
-  const Tensor &memory, &read_weights, &keys, &gates;
-  const std::optional<Tensor>&strengths, &contents, &reset;
-};
-
-Sizes check_arguments(const char* op, const Given& in) {
-  const Sizes s = make_sizes(op, in.memory, in.keys);
-  const ScalarType acc = accumulation_dtype(in.memory.scalar_type());
-  check_tensor(op, "read_weights", in.read_weights, {s.batch, s.heads, s.slots}, acc);
-  check_tensor(op, "keys", in.keys, {s.steps, s.batch, s.heads, s.width}, acc);
-  check_tensor(op, "gates", in.gates, {s.steps, s.batch, s.heads}, acc);
-  check_tensor(op, "strengths", in.strengths, {s.steps, s.batch, s.heads}, acc);
-  check_tensor(op, "contents", in.contents, {s.steps, s.batch, s.heads, s.width}, acc);
-  check_tensor(op, "reset", in.reset, {s.steps, s.batch}, ScalarType::Bool);
-  check_device(op, "read_weights", in.read_weights, in.memory);
-  check_device(op, "keys", in.keys, in.memory);
-  check_device(op, "gates", in.gates, in.memory);
-  check_device(op, "strengths", in.strengths, in.memory);
-  check_device(op, "contents", in.contents, in.memory);
-  check_device(op, "reset", in.reset, in.memory);
-  return s;
-}
 
 __nv_bfloat16 to_storage(double x, __nv_bfloat16) {
   return __float2bfloat16(static_cast<float>(x));
@@ -117,52 +89,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
     int64_t chunk, bool save_for_backward) {
   constexpr const char* op = "lrua_scan";
   const Given in{memory, read_weights, keys, gates, strengths, contents, reset};
-  const Sizes s = check_arguments(op, in);
-  const ScalarType dtype = memory.scalar_type();
-  const ScalarType acc = accumulation_dtype(dtype);
-  check_tensor(op, "usage", usage, {s.batch, s.slots}, acc);
-  check_device(op, "usage", usage, memory);
-  require(snapshot_every >= 0, "lrua_scan: snapshot_every must be 0 or more");
-  require(chunk >= 0 && chunk <= 32, "lrua_scan: chunk must be 0 (chosen here) to 32");
+  const tensors::Sizes sizes = tensors::check_arguments(op, in);
+  const Sizes s = narrowed(op, sizes);
+  tensors::check(op, in, "usage", usage, {s.batch, s.slots}, in.acc());
+  tensors::check_options(snapshot_every, chunk);
   const OnDevice device(memory);
-
-  Tensor reads = new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc);
-  Tensor memory_out = new_tensor(memory, {s.batch, s.slots, s.width}, dtype);
-  Tensor weights_out = new_tensor(memory, {s.batch, s.heads, s.slots}, acc);
-  Tensor usage_out = new_tensor(memory, {s.batch, s.slots}, acc);
-  Tensor weight_history = new_tensor(memory, {0}, acc);
-  Tensor slot_history = new_tensor(memory, {0}, ScalarType::Long);
-  Tensor erased_rows = new_tensor(memory, {0}, dtype);
-  Tensor snapshots = new_tensor(memory, {0}, dtype);
-  if (save_for_backward) {
-    weight_history = new_tensor(memory, {s.steps, s.batch, s.heads, s.padded}, acc);
-    slot_history = new_tensor(memory, {s.steps, s.batch, s.chosen}, ScalarType::Long);
-    if (snapshot_every != 1)
-      erased_rows = new_tensor(memory, {s.steps, s.batch, s.chosen, s.width}, dtype);
-    const int64_t count = snapshot_every > 0 ? s.steps / snapshot_every : 0;
-    snapshots = new_tensor(memory, {count, s.batch, s.padded * s.width}, dtype);
-  }
+  tensors::Outputs out = tensors::make_outputs(in, sizes, snapshot_every, save_for_backward);
   if (s.steps == 0) {
-    torch::stable::copy_(memory_out, memory);
-    torch::stable::copy_(weights_out, read_weights);
-    torch::stable::copy_(usage_out, usage);
+    tensors::pass_through(out, in, usage);
   } else if (s.batch > 0) {
-    for_storage(dtype, [&](auto a, auto number) {
+    for_storage(in.dtype(), [&](auto a, auto number) {
       using A = decltype(a);
       using S = decltype(number);
       Forward<A, S> p{};
       p.scan = make_scan<A, S>(s, in, {shared, eps, initial_value, snapshot_every});
       p.usage_decay = static_cast<A>(usage_decay);
       p.usage = static_cast<const A*>(usage.const_data_ptr());
-      p.weights_out = pointer<A>(weights_out);
-      p.usage_out = pointer<A>(usage_out);
-      p.history.reads = pointer<A>(reads);
-      p.history.memory_out = pointer<S>(memory_out);
+      p.weights_out = pointer<A>(out.weights);
+      p.usage_out = pointer<A>(out.usage);
+      p.history.reads = pointer<A>(out.reads);
+      p.history.memory_out = pointer<S>(out.memory);
       if (save_for_backward) {
-        p.history.weights = pointer<A>(weight_history);
-        p.history.slots = pointer<int64_t>(slot_history);
-        if (snapshot_every != 1) p.history.erased_rows = pointer<S>(erased_rows);
-        if (snapshot_every > 0) p.history.snapshots = pointer<S>(snapshots);
+        p.history.weights = pointer<A>(out.weight_history);
+        p.history.slots = pointer<int64_t>(out.slot_history);
+        if (snapshot_every != 1) p.history.erased_rows = pointer<S>(out.erased_rows);
+        if (snapshot_every > 0) p.history.snapshots = pointer<S>(out.snapshots);
       }
       const bool vectors = aligned_rows(p.scan) && aligned(p.history.memory_out);
       if (is_resident(s, [&] { return forward_resident_bytes(p, vectors); }))
@@ -171,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
         forward_streaming(p, memory, vectors);
     });
   }
-  return {reads,          memory_out,   weights_out, usage_out,
-          weight_history, slot_history, erased_rows, snapshots};
+  return {out.reads,          out.memory,       out.weights,     out.usage,
+          out.weight_history, out.slot_history, out.erased_rows, out.snapshots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
@@ -183,49 +134,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
     double eps, double initial_value, int64_t snapshot_every, bool need_memory_grad) {
   constexpr const char* op = "lrua_scan_backward";
   const Given in{memory, read_weights, keys, gates, strengths, contents, reset};
-  const Sizes s = check_arguments(op, in);
-  const ScalarType dtype = memory.scalar_type();
-  const ScalarType acc = accumulation_dtype(dtype);
-  const auto check = [&](const char* name, const auto& tensor, std::initializer_list<int64_t> shape,
-                         ScalarType of) {
-    check_tensor(op, name, tensor, shape, of);
-    check_device(op, name, tensor, memory);
-  };
-  check("grad_reads", grad_reads, {s.steps, s.batch, s.heads, s.width}, acc);
-  check("grad_memory", grad_memory, {s.batch, s.slots, s.width}, dtype);
-  check("grad_read_weights", grad_read_weights, {s.batch, s.heads, s.slots}, acc);
-  check("reads", reads, {s.steps, s.batch, s.heads, s.width}, acc);
-  check("memory_out", memory_out, {s.batch, s.slots, s.width}, dtype);
-  check("weight_history", weight_history, {s.steps, s.batch, s.heads, s.padded}, acc);
-  check("slot_history", slot_history, {s.steps, s.batch, s.chosen}, ScalarType::Long);
-  if (snapshot_every != 1)
-    check("erased_rows", erased_rows, {s.steps, s.batch, s.chosen, s.width}, dtype);
-  check("snapshots", snapshots,
-        {snapshot_every > 0 ? s.steps / snapshot_every : 0, s.batch, s.padded * s.width}, dtype);
+  const tensors::Saved saved{grad_reads,     grad_memory,  grad_read_weights, reads,    memory_out,
+                             weight_history, slot_history, erased_rows,       snapshots};
+  const tensors::Sizes sizes = tensors::check_arguments(op, in);
+  const Sizes s = narrowed(op, sizes);
+  tensors::check_saved(op, in, sizes, saved, snapshot_every);
   const OnDevice device(memory);
-
-  Tensor grad_memory_in = need_memory_grad ? new_tensor(memory, {s.batch, s.slots, s.width}, dtype)
-                                           : new_tensor(memory, {0}, dtype);
-  Tensor grad_weights_in = new_tensor(memory, {s.batch, s.heads, s.slots}, acc);
-  Tensor grad_keys = new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc);
-  Tensor grad_gates = new_tensor(memory, {s.steps, s.batch, s.heads}, acc);
-  Tensor grad_strengths = strengths.has_value()
-                              ? new_tensor(memory, {s.steps, s.batch, s.heads}, acc)
-                              : new_tensor(memory, {0}, acc);
-  Tensor grad_contents = contents.has_value()
-                             ? new_tensor(memory, {s.steps, s.batch, s.heads, s.width}, acc)
-                             : new_tensor(memory, {0}, acc);
+  tensors::Gradients out = tensors::make_gradients(in, sizes, need_memory_grad);
   if (s.steps == 0) {
-    const auto pass_on = [](Tensor& to, const std::optional<Tensor>& from) {
-      if (from.has_value())
-        torch::stable::copy_(to, *from);
-      else
-        torch::stable::zero_(to);
-    };
-    if (need_memory_grad) pass_on(grad_memory_in, grad_memory);
-    pass_on(grad_weights_in, grad_read_weights);
+    tensors::pass_through(out, saved, need_memory_grad);
   } else if (s.batch > 0) {
-    for_storage(dtype, [&](auto a, auto number) {
+    for_storage(in.dtype(), [&](auto a, auto number) {
       using A = decltype(a);
       using S = decltype(number);
       Backward<A, S> p{};
@@ -236,12 +155,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
       p.grad_reads = pointer<const A>(grad_reads);
       p.grad_memory = static_cast<const S*>(data(grad_memory));
       p.grad_weights = static_cast<const A*>(data(grad_read_weights));
-      p.grad_memory_in = need_memory_grad ? pointer<S>(grad_memory_in) : nullptr;
-      p.grad_weights_in = pointer<A>(grad_weights_in);
-      p.grad_keys = pointer<A>(grad_keys);
-      p.grad_gates = pointer<A>(grad_gates);
-      p.grad_strengths = strengths.has_value() ? pointer<A>(grad_strengths) : nullptr;
-      p.grad_contents = contents.has_value() ? pointer<A>(grad_contents) : nullptr;
+      p.grad_memory_in = need_memory_grad ? pointer<S>(out.memory) : nullptr;
+      p.grad_weights_in = pointer<A>(out.read_weights);
+      p.grad_keys = pointer<A>(out.keys);
+      p.grad_gates = pointer<A>(out.gates);
+      p.grad_strengths = strengths.has_value() ? pointer<A>(out.strengths) : nullptr;
+      p.grad_contents = contents.has_value() ? pointer<A>(out.contents) : nullptr;
       const bool vectors = aligned_rows(p.scan) && aligned(p.history.memory_out) &&
                            aligned(p.history.erased_rows) && aligned(p.history.snapshots) &&
                            aligned(p.grad_reads) && aligned(p.grad_memory) &&
@@ -253,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
         backward_streaming(p, memory, vectors);
     });
   }
-  return {grad_memory_in, grad_weights_in, grad_keys, grad_gates, grad_strengths, grad_contents};
+  return {out.memory, out.read_weights, out.keys, out.gates, out.strengths, out.contents};
 }
 
 }  // namespace
