@@ -67,6 +67,16 @@ struct Scan {
   __device__ int64_t snapshot_at(int64_t t, int64_t b) const {
     return at(t / snapshot_every, b) * sizes.padded * sizes.width;
   }
+  // Whether M_t is one of the first made after its episode's start.
+  __device__ bool near_start(int64_t t, int64_t b) const {
+    for (int i = 0; i < kReplayed; ++i, --t)
+      if (t == 0 || resets(t, b)) return true;
+    return false;
+  }
+  __device__ int64_t episode_start(int64_t t, int64_t b) const {
+    while (t > 0 && !resets(t, b)) --t;
+    return t;
+  }
   // Whether head r writes to the k-th least-used slot beyond its read weight; k = -1: to others.
   __device__ bool writes(int r, int k) const { return k >= 0 && (shared || r % sizes.chosen == k); }
   // w_w = g w_{t-1} + (1 - g) lu (eq. 22)
@@ -111,6 +121,11 @@ struct Backward {
   A* grad_strengths;      // [T][B][R] or null
   A* grad_contents;       // [T][B][R][W] or null: added to grad_keys
 };
+
+// What the backward pass sums over slots for each head, besides the gradients of key and content:
+// dw_w * w_{t-1} and dw_w * lu (for the gate), ds * cosine (for the strength), and the cosine's own
+// term in the gradient of |k|.
+enum Sum { previous_sum, chosen_sum, strength_sum, own_sum, kSums };
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }

@@ -33,30 +33,32 @@ struct Layout {
   __host__ __device__ int width() const { return runs * kColumns; }
 };
 
+// `chooses`: some warps look for the least-used slots while the others form sums over slots.
 // `padded`: the lanes of two rows meet different banks.
 template <class A>
-Layout make_layout(const Sizes& s, bool vectors, bool padded) {
+Layout make_layout(const Sizes& s, bool vectors, bool chooses, bool padded) {
   Layout layout{};
   layout.vectors = vectors;
   layout.runs = (s.width + kColumns - 1) / kColumns;
   layout.stride = kColumns * (padded ? (layout.runs + 3) / 8 * 8 + 4 : layout.runs);
   const int tiles = static_cast<int>((s.slots + kTileRows - 1) / kTileRows);
   layout.rows = tiles * kTileRows;
-  const int warps = max(4, max(tiles, (layout.runs + kWarp - 1) / kWarp));
-  layout.threads = min(warps * kWarp, kMaxThreads<A>);
-  layout.groups = layout.threads / layout.runs;
-  layout.choosing_warps =
-      static_cast<int>(min(int64_t{layout.threads / kWarp}, (s.slots + 127) / 128));
+  const int warps =
+      min(kMaxThreads<A> / kWarp, max(4, max(tiles, (layout.runs + kWarp - 1) / kWarp + 1)));
+  layout.threads = warps * kWarp;
+  if (chooses)
+    layout.choosing_warps = static_cast<int>(min(int64_t{warps / 2}, (s.slots + 255) / 256));
+  layout.groups = (layout.threads - layout.choosing_warps * kWarp) / layout.runs;
   return layout;
 }
 
 // The layout whose shared memory, given by bytes(layout), fits; else the smallest.
 template <class A, class Bytes>
-Layout fit_layout(const Sizes& s, bool vectors, Bytes&& bytes) {
-  const Layout layout = make_layout<A>(s, vectors, true);
+Layout fit_layout(const Sizes& s, bool vectors, bool chooses, Bytes&& bytes) {
+  const Layout layout = make_layout<A>(s, vectors, chooses, true);
   return bytes(layout) <= static_cast<int64_t>(max_shared_bytes())
              ? layout
-             : make_layout<A>(s, vectors, false);
+             : make_layout<A>(s, vectors, chooses, false);
 }
 
 // The sums over a row's four lanes of four numbers: lane g gets that of number g.
@@ -154,14 +156,15 @@ __device__ __forceinline__ int find_slot(const unsigned (&slots)[kHeads], int ro
 
 constexpr unsigned kNoSlot = ~0u;
 
-// Whole numbers in the order of usages: 0 and -0 are the same, and NaN is the largest.
+// Whole numbers in the order of usages: 0 and -0 are the same, NaN is larger than the others, and
+// the largest number stands for no slot.
 __device__ __forceinline__ unsigned usage_order(float usage) {
   const unsigned bits = __float_as_uint(usage + 0.0f);
-  return usage != usage ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
+  return usage != usage ? ~1u : bits >> 31 ? ~bits : bits | 1u << 31;
 }
 __device__ __forceinline__ unsigned long long usage_order(double usage) {
   const auto bits = static_cast<unsigned long long>(__double_as_longlong(usage + 0.0));
-  return usage != usage ? ~0ull : bits >> 63 ? ~bits : bits | 1ull << 63;
+  return usage != usage ? ~1ull : bits >> 63 ? ~bits : bits | 1ull << 63;
 }
 template <class A>
 using UsageOrder = decltype(usage_order(A{}));
@@ -193,16 +196,17 @@ struct Least {
       slot[i] = kNoSlot;
     }
   }
+  // Slots must be offered in ascending order.
   __device__ void offer(K k, unsigned s) {
+    bool before[kHeads];
 #pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      const bool before = k < key[i] || (k == key[i] && s < slot[i]);
-      const K moved = key[i];
-      const unsigned moved_slot = slot[i];
-      key[i] = before ? k : moved;
-      slot[i] = before ? s : moved_slot;
-      k = before ? moved : k;
-      s = before ? moved_slot : s;
+    for (int i = 0; i < kHeads; ++i) before[i] = k < key[i];
+#pragma unroll
+    for (int i = kHeads - 1; i >= 0; --i) {
+      const int from = i > 0 ? i - 1 : 0;
+      const bool moves = i > 0 && before[from];
+      key[i] = moves ? key[from] : before[i] ? k : key[i];
+      slot[i] = moves ? slot[from] : before[i] ? s : slot[i];
     }
   }
   // The warp's least-used slot, which is taken out.

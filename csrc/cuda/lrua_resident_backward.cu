@@ -1,16 +1,13 @@
 // The backward pass of lrua_scan in resident form: see lrua_resident.h.
 //
-// The memory and its gradient stay in shared memory. A step is three pieces of work with a barrier
-// after each: rows (gradients of scores, weights and memory), columns (sums over slots for keys and
-// contents; the memory a step back), and the step's gradients, with what the step before needs.
+// The memory and its gradient stay in shared memory. A step is two pieces of work with a barrier
+// after each: rows (gradients of scores, weights and memory), then columns (sums over slots for
+// keys and contents; the memory a step back) and what the step before needs. Gradients of keys and
+// contents are finished with the rows of the step before, whose vectors arrive meanwhile.
 #include "cuda/lrua_resident.h"
 
 namespace mann_ext::cuda::lrua {
 namespace {
-
-// Sums over slots, for each head: dw_w * w_{t-1} and dw_w * lu (for the gate), ds * cosine (for the
-// strength), and the cosine's own term in the gradient of |k|.
-enum Sum { previous_sum, chosen_sum, strength_sum, own_sum, kSums };
 
 template <class A, class S>
 struct BackwardScan : Backward<A, S> {
@@ -19,13 +16,6 @@ struct BackwardScan : Backward<A, S> {
 
   // Rows of read weights in shared memory, 8 banks apart.
   __host__ __device__ int64_t weight_stride() const { return this->scan.sizes.padded + 8; }
-
-  // Whether M_t is one of the first made after its episode's start.
-  __device__ bool near_start(int64_t t, int64_t b) const {
-    for (int i = 0; i < kReplayed; ++i, --t)
-      if (t == 0 || this->scan.resets(t, b)) return true;
-    return false;
-  }
 };
 
 template <class A>
@@ -222,8 +212,7 @@ __device__ __forceinline__ void replay(const BackwardScan<A, S>& p, A* memory, c
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
   const int slots = static_cast<int>(s.slots);
-  int64_t start = step.t - 1;
-  while (start > 0 && !p.scan.resets(start, step.b)) --start;
+  const int64_t start = p.scan.episode_start(step.t - 1, step.b);
   const bool given = !p.scan.resets(start, step.b);
 #pragma unroll 1
   for (int64_t t = start; t < step.t; ++t) {
@@ -285,7 +274,7 @@ __device__ __forceinline__ void backward_columns(const BackwardScan<A, S>& p,
   const bool first = step.t == 0;
   const bool saved = !first && p.scan.has_snapshot(step.t - 1);
   const bool rolls = !first && !saved;
-  const bool replays = rolls && (step.reset || p.near_start(step.t - 1, step.b));
+  const bool replays = rolls && (step.reset || p.scan.near_start(step.t - 1, step.b));
   const S* snapshot =
       saved ? p.history.snapshots + p.scan.snapshot_at(step.t - 1, step.b) : nullptr;
   A contents[kHeads][kColumns], key_sums[kHeads][kColumns] = {},
@@ -445,6 +434,25 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
   });
   __syncthreads();
 
+  A along[kHeads] = {};  // what the gradient of k has along k, for each of its numbers
+  const auto finish_keys = [&](int64_t t) {
+    const int64_t to = p.scan.at(t, step.b) * s.heads * s.width;
+#pragma unroll 1
+    for (int i = thread; i < s.heads * s.width; i += threads) {
+      const int r = i / s.width;
+      const A key = p.scan.keys[to + i];  // its place in shared memory is taken
+      const A* from = room.partial + r * width + i % s.width;
+      A key_sum = 0, content_sum = 0;
+#pragma unroll 4
+      for (int k = 0; k < layout.groups; ++k) {
+        key_sum += from[2 * k * kHeads * width];
+        content_sum += from[(2 * k + 1) * kHeads * width];
+      }
+      key_sum -= of_head(along, r) * key;
+      if (p.grad_contents != nullptr) p.grad_contents[to + i] = content_sum;
+      p.grad_keys[to + i] = p.grad_contents != nullptr ? key_sum : key_sum + content_sum;
+    }
+  };
 #pragma unroll 1
   for (step.t = last; step.t >= 0; --step.t) {
     const int half = static_cast<int>(step.t & 1) * kHeads;
@@ -459,46 +467,32 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
     }
     async_commit();
     A* memory = memory_of(step.t);
+    if (step.t < last) finish_keys(step.t + 1);
     backward_rows(p, room, memory, step);
-    __syncthreads();
-    backward_columns(p, room, memory, step, group, column);
     async_wait<0>();
     __syncthreads();
 
     A sums[kSums];  // of this lane's head
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = sum_warps(room.sums + i * warps * kHeads, warps);
-    const int64_t at = p.scan.at(step.t, step.b) * s.heads;
     if (thread < s.heads) {
-      p.grad_gates[at + thread] = sums[previous_sum] - sums[chosen_sum];
-      if (p.grad_strengths != nullptr) p.grad_strengths[at + thread] = sums[strength_sum];
+      const int64_t to = p.scan.at(step.t, step.b) * s.heads + thread;
+      p.grad_gates[to] = sums[previous_sum] - sums[chosen_sum];
+      if (p.grad_strengths != nullptr) p.grad_strengths[to] = sums[strength_sum];
     }
-    A along[kHeads];
     const A length = room.length[half + lane_of_warp % kHeads];
     const A own = length > 0 ? sums[own_sum] / length : A(0);
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) along[g] = __shfl_sync(kAllLanes, own, g);
-#pragma unroll 1
-    for (int i = thread; i < s.heads * s.width; i += threads) {
-      const int r = i / s.width, at_column = r * width + i % s.width;
-      const A* from = room.partial + at_column;
-      A key_sum = 0, content_sum = 0;
-#pragma unroll 4
-      for (int k = 0; k < layout.groups; ++k) {
-        key_sum += from[2 * k * kHeads * width];
-        content_sum += from[(2 * k + 1) * kHeads * width];
-      }
-      key_sum -= of_head(along, r) * room.keys[half * width + at_column];
-      if (p.grad_contents != nullptr) p.grad_contents[at * s.width + i] = content_sum;
-      p.grad_keys[at * s.width + i] = p.grad_contents != nullptr ? key_sum : key_sum + content_sum;
-    }
     if (step.t > 0)
       prepare(step.t - 1, [&](int r) {
         const A previous = __shfl_sync(kAllLanes, sums[previous_sum], r);
         return step.reset ? 0.0 : static_cast<double>(room.gate[half + r]) * previous;
       });
+    backward_columns(p, room, memory, step, group, column);
     __syncthreads();
   }
+  finish_keys(0);
 }
 
 // Memory that is saved at every step is brought ahead where there is room for two.
@@ -507,7 +501,7 @@ BackwardScan<A, S> make_backward(const Backward<A, S>& arguments, bool vectors) 
   BackwardScan<A, S> p{};
   static_cast<Backward<A, S>&>(p) = arguments;
   const auto fit = [&] {
-    p.layout = fit_layout<A>(p.scan.sizes, vectors, [&](const Layout& layout) {
+    p.layout = fit_layout<A>(p.scan.sizes, vectors, false, [&](const Layout& layout) {
       return BackwardMemory<A>(p, layout, nullptr).bytes;
     });
     return BackwardMemory<A>(p, p.layout, nullptr).bytes <=

@@ -1,8 +1,9 @@
 // The forward pass of lrua_scan in resident form: see lrua_resident.h.
 //
-// A step is three pieces of work with a barrier after each: rows (erase, write, scores and their
-// exponentials), columns (sums over slots), weights (normalised, usage, least-used slots for the
-// next step, while other warps finish the reads). The next step's vectors arrive meanwhile.
+// A step is two pieces of work with a barrier after each: rows (erase, write, scores and their
+// exponentials), then sums over slots for the reads, while a few warps make read weights and usage
+// and find the next step's slots. Reads are finished with the next step's rows, whose vectors
+// arrive meanwhile.
 #include "cuda/lrua_resident.h"
 
 namespace mann_ext::cuda::lrua {
@@ -16,8 +17,9 @@ struct ForwardScan : Forward<A, S> {
 template <class A, class S>
 struct ForwardMemory {
   S* rows;                   // [rows][stride]
-  A* weights;                // [rows][heads]: w_t; exponentials until they are normalised
+  A* weights;                // [rows][heads]: read weights of the step before
   A* usage;                  // [rows]
+  A* scores;                 // [rows][heads]; they become exponentials
   A* partial;                // [groups][heads][width]
   A *keys, *contents;        // [2][heads][width], of step t in half t % 2
   A *length, *strength;      // [2][heads]
@@ -39,6 +41,7 @@ struct ForwardMemory {
     strength = arena.take<A>(2 * kHeads);
     gate = arena.take<A>(2 * kHeads);
     bytes_of_state = arena.used();
+    scores = arena.take<A>(int64_t{layout.rows} * kHeads);
     partial = arena.take<A>(layout.groups * vectors);
     totals = arena.take<A>(kMaxWarps * kHeads);
     least_key = arena.take<UsageOrder<A>>(kMaxWarps * kHeads);
@@ -139,7 +142,6 @@ __device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) add_dot<kColumns>(dots[j][g], run[j], vectors[g]);
     }
-    __syncwarp();  // the weights have been read
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       const int row = row0 + j * kRowStep;
@@ -149,7 +151,7 @@ __device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
         value = strength * dot / (length * norm + p.scan.eps);
         if (!shifted) total += value = exponential(value);
       }
-      room.weights[row * kHeads + lane] = value;
+      room.scores[row * kHeads + lane] = value;
       if (lane == 0) {
         A usage = p.usage_decay * (step.reset ? A(row == 0) : room.usage[row]);
 #pragma unroll
@@ -170,7 +172,7 @@ __device__ __forceinline__ void shift_scores(const ForwardScan<A, S>& p,
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int slots = static_cast<int>(p.scan.sizes.slots);
   if (warp < p.scan.sizes.heads && is_shifted(room.strength[half * kHeads + warp])) {
-    A* scores = room.weights + warp;
+    A* scores = room.scores + warp;
     A top = kNothing, total = 0;
     for (int row = lane; row < slots; row += kWarp) top = larger(top, scores[row * kHeads]);
     top = largest_in_warp(top);
@@ -223,8 +225,8 @@ __device__ __forceinline__ void choose_slots(const ForwardScan<A, S>& p,
     for (int k = 0; k < kHeads; ++k) step.slots[k] = room.least_slot[k];
   } else {
     Least<UsageOrder<A>> least;
-    for (int i = threadIdx.x % kWarp; i < p.layout.choosing_warps * kHeads; i += kWarp)
-      least.offer(room.least_key[i], room.least_slot[i]);
+    const int i = threadIdx.x % kWarp;  // at most 8 warps choose
+    if (i < p.layout.choosing_warps * kHeads) least.offer(room.least_key[i], room.least_slot[i]);
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       UsageOrder<A> key;
@@ -246,20 +248,18 @@ __device__ __forceinline__ void forward_weights(const ForwardScan<A, S>& p,
                                                 const ForwardMemory<A, S>& room,
                                                 const Step<A>& step, const A (&inverse)[kHeads]) {
   const Sizes& s = p.scan.sizes;
-  const int warp = threadIdx.x / kWarp, slots = static_cast<int>(s.slots);
-  const int padded = static_cast<int>(s.padded);
-  if (warp >= p.layout.choosing_warps) return;
+  const int slots = static_cast<int>(s.slots), padded = static_cast<int>(s.padded);
   const bool last = step.t + 1 == s.steps;
   A* history = p.history.weights == nullptr
                    ? nullptr
                    : p.history.weights + p.scan.at(step.t, step.b) * s.heads * s.padded;
   A* weights_out = p.weights_out + step.b * s.heads * s.slots;
   Chooser<A> chooser;
-#pragma unroll 1
+#pragma unroll 2
   for (int row = threadIdx.x; row < padded; row += p.layout.choosing_warps * kWarp) {
     A w[kHeads] = {};
     if (row < slots) {
-      load_run<kHeads>(room.weights + row * kHeads, w);
+      load_run<kHeads>(room.scores + row * kHeads, w);
       A usage = room.usage[row];
 #pragma unroll
       for (int g = 0; g < kHeads; ++g) {
@@ -277,7 +277,7 @@ __device__ __forceinline__ void forward_weights(const ForwardScan<A, S>& p,
       for (int g = 0; g < kHeads; ++g)
         if (g < s.heads) history[g * s.padded + row] = w[g];
   }
-  if (!last) chooser.finish(room, warp);
+  if (!last) chooser.finish(room, threadIdx.x / kWarp);
 }
 
 template <class A, class S>
@@ -290,7 +290,9 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
   const int lane_of_warp = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
   const int slots = static_cast<int>(s.slots), width = layout.width();
   const bool apart = room.contents != room.keys;
-  const int group = thread / layout.runs, column = thread % layout.runs * kColumns;
+  // Of the threads that form sums: each has one run of columns of every so many rows.
+  const int adder = thread - layout.choosing_warps * kWarp;
+  const int group = adder / layout.runs, column = adder % layout.runs * kColumns;
   Step<A> step{};
   step.b = blockIdx.x;
 
@@ -351,6 +353,19 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
   prepare(0);
   __syncthreads();
 
+  A inverse[kHeads] = {};
+  const auto finish_reads = [&](int64_t t) {
+    A* reads = p.history.reads + p.scan.at(t, step.b) * s.heads * s.width;
+#pragma unroll 1
+    for (int i = thread; i < s.heads * s.width; i += threads) {
+      const int r = i / s.width;
+      const A* from = room.partial + r * width + i % s.width;
+      A sum = 0;
+#pragma unroll 8
+      for (int k = 0; k < layout.groups; ++k) sum += from[k * kHeads * width];
+      reads[i] = sum * of_head(inverse, r);
+    }
+  };
 #pragma unroll 1
   for (step.t = 0; step.t < s.steps; ++step.t) {
     const int half = static_cast<int>(step.t & 1);
@@ -361,7 +376,9 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
       fetch_scalars(step.t + 1);
     }
     choose_slots(p, room, step);
+    if (step.t > 0) finish_reads(step.t - 1);
     forward_rows(p, room, step);
+    async_wait<0>();
     __syncthreads();
     bool shifted = false;
 #pragma unroll
@@ -369,13 +386,19 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
       shifted = shifted || is_shifted(room.strength[half * kHeads + r]);
     if (shifted) shift_scores(p, room, half);
 
-    if (group < layout.groups) {
+    const A total = sum_warps(room.totals, warps);
+    const A own = lane_of_warp % kHeads < s.heads ? A(1) / total : A(0);
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) inverse[g] = __shfl_sync(kAllLanes, own, g);
+    if (warp < layout.choosing_warps) {
+      forward_weights(p, room, step, inverse);
+    } else if (group < layout.groups) {
       A sums[kHeads][kColumns] = {};
 #pragma unroll 2
       for (int row = group; row < slots; row += layout.groups) {
         A run[kColumns], w[kHeads];
         load_run<kColumns>(room.rows + row * layout.stride + column, run);
-        load_run<kHeads>(room.weights + row * kHeads, w);
+        load_run<kHeads>(room.scores + row * kHeads, w);
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) add_scaled<kColumns>(sums[g], w[g], run);
       }
@@ -383,35 +406,17 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
       for (int g = 0; g < kHeads; ++g)
         store_run<kColumns>(room.partial + (group * kHeads + g) * width + column, sums[g]);
     }
-    A inverse[kHeads];
-    const A total = sum_warps(room.totals, warps);
-    const A own = lane_of_warp % kHeads < s.heads ? A(1) / total : A(0);
-#pragma unroll
-    for (int g = 0; g < kHeads; ++g) inverse[g] = __shfl_sync(kAllLanes, own, g);
-    async_wait<0>();
-    __syncthreads();
-
-    forward_weights(p, room, step, inverse);
-    // The reads, by the warps that choose no slots if there are some.
-    A* reads = p.history.reads + p.scan.at(step.t, step.b) * s.heads * s.width;
-#pragma unroll 1
-    for (int i = threads - 1 - thread; i < s.heads * s.width; i += threads) {
-      const int r = i / s.width;
-      const A* from = room.partial + r * width + i % s.width;
-      A sum = 0;
-#pragma unroll 4
-      for (int k = 0; k < layout.groups; ++k) sum += from[k * kHeads * width];
-      reads[i] = sum * of_head(inverse, r);
-    }
+    __syncwarp();
     if (more) prepare(step.t + 1);
     __syncthreads();
   }
+  finish_reads(s.steps - 1);
 }
 
 template <class A, class S>
 Layout forward_layout(const Forward<A, S>& p, bool vectors) {
   const bool apart = p.scan.contents != p.scan.keys;
-  return fit_layout<A>(p.scan.sizes, vectors, [&](const Layout& layout) {
+  return fit_layout<A>(p.scan.sizes, vectors, true, [&](const Layout& layout) {
     return ForwardMemory<A, S>(layout, apart, nullptr).bytes;
   });
 }

@@ -8,11 +8,6 @@ namespace {
 template <class A>
 constexpr int kBlocks = sizeof(A) == 4 ? 3 : 2;
 
-// One head's sums over a block's slots: the gradients of key and content, [W] each, then these.
-enum Sum { previous_sum, chosen_sum, strength_sum, own_sum, kSums };
-// That is: of dw_w * w_{t-1} and dw_w * lu (for the gate), of ds * cosine (for the strength), and
-// the cosine's own term in the gradient of |k|.
-
 template <class A, class S>
 struct BackwardPass : Backward<A, S> {
   Split split;
@@ -20,7 +15,8 @@ struct BackwardPass : Backward<A, S> {
   A* memory;        // [B][N][W]: M_t where it is not a snapshot
   A* grad;          // [B][N][W]: dL/dM_t
   A* weights_grad;  // [B][R][padded]: dL/dw_t from later steps
-  A* partial;       // [2][B][blocks][R][2 W + kSums], of step t in half t % 2
+  // One head's sums over a block's slots: the gradients of key and content, then kSums more.
+  A* partial;  // [2][B][blocks][R][2 W + kSums], of step t in half t % 2
 
   __device__ const A* read_weights(int64_t t, int64_t b) const {
     const Sizes& s = this->scan.sizes;
@@ -34,17 +30,6 @@ struct BackwardPass : Backward<A, S> {
   }
   __device__ int64_t head_stride() const { return 2 * int64_t{this->scan.sizes.width} + kSums; }
   __device__ int64_t block_stride() const { return this->scan.sizes.heads * head_stride(); }
-
-  // Whether M_t is one of the last made after its episode's start.
-  __device__ bool near_start(int64_t t, int64_t b) const {
-    for (int i = 0; i < kReplayed; ++i, --t)
-      if (t == 0 || this->scan.resets(t, b)) return true;
-    return false;
-  }
-  __device__ int64_t episode_start(int64_t t, int64_t b) const {
-    while (t > 0 && !this->scan.resets(t, b)) --t;
-    return t;
-  }
 };
 
 template <class A>
@@ -487,8 +472,8 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
     room.warp_sums[warp * s.heads * kSums + i] = A(0);
 
   const bool rolls = t > 0 && !p.scan.has_snapshot(t - 1);
-  const bool replays = rolls && (reset || p.near_start(t - 1, b));
-  const int64_t start = replays ? p.episode_start(t - 1, b) : 0;
+  const bool replays = rolls && (reset || p.scan.near_start(t - 1, b));
+  const int64_t start = replays ? p.scan.episode_start(t - 1, b) : 0;
 
   // Each thread sums one run of columns over every so many rows.
   const int runs = s.width / Run, groups = kThreads / runs;
