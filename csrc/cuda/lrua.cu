@@ -70,10 +70,10 @@ bool aligned_rows(const Scan<A, S>& scan) {
 }
 
 // How a scan is computed. Resident: one launch for all steps, the memory of a batch element in the
-// shared memory of one multiprocessor. That is where memory, weights, usage and room for sums fit
-// there, as 1,000 slots of 40 float32 numbers do forward and 350 backward: their steps take about
-// as long as a launch, or less. Streaming: everything else. Both save the same for the backward
-// pass, which chooses for itself. MANN_EXT_CUDA_REGIME=streaming has all of it stream.
+// shared memory of one multiprocessor. That is wherever memory, weights, usage and room for sums
+// fit there, as 1,000 slots of 40 float32 numbers do forward and 350 backward. Streaming:
+// everything else. Both save the same for the backward pass, which chooses for itself.
+// MANN_EXT_CUDA_REGIME=streaming, which is read at each call, streams these as well.
 template <class Bytes>
 bool is_resident(const Sizes& s, Bytes&& bytes) {
   const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");
