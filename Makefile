@@ -12,6 +12,7 @@ BENCH_CUDA ?= --json benchmarks/results/cuda.json
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+FORMATTED := $(CXX_SOURCES) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cu)
 BUILD_INPUTS := setup.py pyproject.toml $(CXX_SOURCES)
 
 ifneq ($(wildcard ../shared/data/.),)
@@ -52,13 +53,13 @@ bench-cuda: build-cuda ## measure the CUDA operators (BENCH_CUDA="--json results
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 build: $(VENV)/.installed-demo ## install the package in the virtual environment, operators compiled
 	$(BIN)/python -m mann_ext.info

@@ -12,11 +12,11 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
+#include "lrua_sizes.h"
 
 namespace mann_ext::cuda::lrua {
 
-constexpr int kMaxHeads = 64;
-constexpr int kPadding = 64;  // rows of the weight history are padded to a multiple
+constexpr int kMaxHeads = mann_ext::lrua::kMaxHeads;
 // Heads at a time, whose sums over slots are in registers.
 constexpr int kGroup = 4;
 // exp(score) needs no shift while |strength| is at most this: sums over 10^9 slots stay finite.
