@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mann_ext.memory import LRUAMemory, LRUAState, _inputs
@@ -95,6 +98,32 @@ class MANN(nn.Module):
             controller, input_size + (reads if read_feedback else 0), hidden_size, fused, **factory
         )
         self.output = nn.Linear(hidden_size + reads, output_size, **factory)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> MANN:
+        """A trained model that comes with the package, in evaluation mode; needs no network.
+
+        "omniglot-5way": 5 Omniglot characters an episode. x_t (405,) is the 400 pixels of a 20 x 20
+        image, ink 1, and the one-hot label of the image before; logits (5,). It has not seen the
+        classes of ``mann_ext.data.santoro_test_classes()``. Its card is beside it.
+
+        Raises:
+            ValueError: there is no model of that name; the message lists those there are.
+
+        Example:
+            >>> model = MANN.from_pretrained("omniglot-5way")
+            >>> logits, state = model(torch.zeros(50, 1, 405))
+        """
+        folder = Path(__file__).parents[1] / "pretrained"
+        names = sorted(path.stem for path in folder.glob("*.safetensors"))
+        if name not in names:
+            raise ValueError(
+                f"MANN.from_pretrained: expected one of {', '.join(names)}, got {name!r}"
+            )
+        with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+            model = cls(**json.loads(file.metadata()["model"]))
+            model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return model.eval()
 
     def initial_state(self, batch_size: int) -> MANNState:
         """The state an episode starts from."""
