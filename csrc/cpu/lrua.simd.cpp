@@ -18,13 +18,6 @@ namespace {
 
 using namespace mann_ext::lrua;
 
-// exp(score) needs no shift while |strength| is at most this: sums over 10^9 slots stay finite.
-constexpr double kUnshifted = 40;
-
-// The memories after the first few steps of an episode are made again from its start, not rolled
-// back: rows of 1e-6 would come back as rounding errors of what was added to them.
-constexpr int64_t kReplayed = 4;
-
 template <class A>
 struct Candidate {
   A usage;

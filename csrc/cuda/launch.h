@@ -95,9 +95,11 @@ namespace detail {
 // More dynamic shared memory than every kernel may have must be asked for.
 template <auto Kernel>
 void allow_shared_bytes(size_t bytes) {
-  if (bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
+  if (bytes <= 48 * 1024) return;
+  const cudaError_t status = cudaFuncSetAttribute(
+      Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status != cudaSuccess)  // no name is formed for a launch that succeeds
+    check(status,
           kernel_name<Kernel>() + " asks for " + std::to_string(bytes) + " bytes of shared memory");
 }
 

@@ -19,11 +19,8 @@ namespace mann_ext::cuda::lrua {
 constexpr int kMaxHeads = mann_ext::lrua::kMaxHeads;
 // Heads at a time, whose sums over slots are in registers.
 constexpr int kGroup = 4;
-// exp(score) needs no shift while |strength| is at most this: sums over 10^9 slots stay finite.
-constexpr double kUnshifted = 40;
-// The memories after the first few steps of an episode are made again from its start, not rolled
-// back: rows of 1e-6 would come back as rounding errors of what was added to them.
-constexpr int kReplayed = 4;
+using mann_ext::lrua::kReplayed;
+using mann_ext::lrua::kUnshifted;
 
 struct Sizes {
   int64_t steps, batch, slots, padded;
