@@ -302,10 +302,14 @@ struct Content {
         for_head_groups(Q, [&](int64_t q, auto G) {
           for (int64_t i = count; i < kTile; ++i)
             for (int g = 0; g < G; ++g) dots[(q + g) * kTile + i] = A(0);
-          A sums[4 * 1024];
-          for (int64_t j0 = 0; j0 < K; j0 += 1024) {
-            const int64_t width = std::min<int64_t>(1024, K - j0);
-            column_sums<A, A, G>(tile + j0 * kTile, 1, width, dots + q * kTile, kTile, sums);
+          constexpr int64_t J = 64;
+          alignas(kVectorBytes) A vectors[G * J * kLanes<A>];
+          A sums[G * J];
+          for (int64_t j0 = 0; j0 < K; j0 += J) {
+            const int64_t width = std::min(J, K - j0);
+            column_sums<A, A, G>(tile + j0 * kTile, 1, width, dots + q * kTile, kTile, vectors,
+                                 true);
+            lane_sums(vectors, G * width, sums);
             for (int g = 0; g < G; ++g)
               for (int64_t j = 0; j < width; ++j)
                 query_sums[(q + g) * K + j0 + j] += sums[g * width + j];

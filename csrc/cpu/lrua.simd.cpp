@@ -111,10 +111,11 @@ struct Scan {
 
   // w_w = g * w_prev + (1 - g) * lu over one tile (eq. 22), and which slots survive the erase.
   // Returns false where nothing of this tile is erased.
+  template <class H>
   static MANN_EXT_INLINE bool write_weights(const Shape& s, const Options& o, const A* previous,
                                             const A* gates, const int64_t* slots, int64_t tile,
-                                            A* weights, int64_t stride, Int* keep) {
-    for (int64_t r = 0; r < s.heads; ++r) {
+                                            A* weights, int64_t stride, Int* keep, H heads) {
+    for (int64_t r = 0; r < heads; ++r) {
       const A g = gates[r];
       for (int64_t lane = 0; lane < kTile; lane += kLanes<A>)
         store<A>(weights + r * stride + lane,
@@ -127,7 +128,7 @@ struct Scan {
       if (!any) std::fill(keep, keep + kTile, Int(-1));
       any = true;
       keep[lane] = 0;
-      for (int64_t r = 0; r < s.heads; ++r)
+      for (int64_t r = 0; r < heads; ++r)
         if (o.shared || r % s.chosen == i) weights[r * stride + lane] += A(1) - gates[r];
     }
     return any;
@@ -288,6 +289,13 @@ struct Scan {
   // Erase, write, address and read the blocks [block, end) at step t, up to the normalisation.
   static void forward_pass(const Forward& p, void* base, int64_t b, int64_t t, int64_t block,
                            int64_t end) {
+    with_heads(p.shape.heads,
+               [&](auto heads) { forward_blocks(p, base, b, t, block, end, heads); });
+  }
+
+  template <class H>
+  static void forward_blocks(const Forward& p, void* base, int64_t b, int64_t t, int64_t block,
+                             int64_t end, H heads) {
     const Shape& s = p.shape;
     const ForwardScratch scratch(p, base);
     const A* previous = scratch.previous_weights(p, b, t);
@@ -300,18 +308,21 @@ struct Scan {
     const bool snapshots = p.snapshots != nullptr && (t + 1) % p.options.snapshot_every == 0;
     const int64_t tile_size = s.width * kTile;
 
-    Arena room(thread_scratch<0>((2 * s.heads + 1) * kTile * sizeof(A) + kTile * sizeof(Int) +
-                                 tile_size * sizeof(S) + 1024));
-    A* write = room.take<A>(s.heads * kTile);
-    A* dots = room.take<A>(s.heads * kTile);
+    Arena room(thread_scratch<0>((2 * heads + 1) * kTile * sizeof(A) + kTile * sizeof(Int) +
+                                 heads * s.width * kVectorBytes + tile_size * sizeof(S) + 1024));
+    A* write = room.take<A>(heads * kTile);
+    A* dots = room.take<A>(heads * kTile);
     A* squares = room.take<A>(kTile);
     Int* keep = room.take<Int>(kTile);
+    A* reads = room.take<A>(heads * s.width * kLanes<A>);
     S* first = room.take<S>(tile_size);
 
     A key_norm[kMaxHeads], beta[kMaxHeads];
-    for (int64_t r = 0; r < s.heads; ++r) {
+    bool shifted = false;
+    for (int64_t r = 0; r < heads; ++r) {
       key_norm[r] = norm(keys + r * s.width, s.width);
       beta[r] = strength(p.in, s, t, b, r);
+      shifted = shifted || !(std::abs(beta[r]) <= A(kUnshifted));
     }
 
     for (; block < end; ++block) {
@@ -319,77 +330,82 @@ struct Scan {
       const int64_t tile1 = std::min(s.tiles, tile0 + s.block_tiles);
       S* memory = saves_all(p) ? snapshot(p, b, t) : scratch.memory;
       if (s.steps == 1 && !saves_all(p)) memory = block_room<S, 1>(s) - tile0 * tile_size;
-      for (int64_t tile = tile0; tile < tile1; ++tile) {
-        S* dst = memory + tile * tile_size;
-        const S* src = dst;
-        if (starts) {
-          initial_tile(p.in, s, p.options, b, tile, given, first);
-          src = first;
-        } else if (saves_all(p)) {
-          src = snapshot(p, b, t - 1) + tile * tile_size;
+      A* partial = scratch.partial + block * heads * (s.width + 2);
+      A* totals = partial + heads * s.width;
+      std::fill(totals, totals + 2 * heads, A(0));
+      // A tile that comes from RAM is read while it is in the first-level cache, unless the
+      // exponentials need the block's largest score first.
+      const int64_t run = s.blocks > 1 && !shifted ? 1 : s.block_tiles;
+      for (int64_t run0 = tile0; run0 < tile1; run0 += run) {
+        const int64_t run1 = std::min(tile1, run0 + run);
+        for (int64_t tile = run0; tile < run1; ++tile) {
+          S* dst = memory + tile * tile_size;
+          const S* src = dst;
+          if (starts) {
+            initial_tile(p.in, s, p.options, b, tile, given, first);
+            src = first;
+          } else if (saves_all(p)) {
+            src = snapshot(p, b, t - 1) + tile * tile_size;
+          }
+          const bool erases = write_weights(s, p.options, previous, gates, scratch.slots, tile,
+                                            write, kTile, keep, heads);
+          if (erases && p.erased_rows != nullptr) save_erased(p, b, t, scratch.slots, tile, src);
+          decay_usage(p, scratch.usage + tile * kTile, write, heads);
+          write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots,
+                          squares, s.blocks > 1 ? tile_size : 0, heads);
+          store_scores(p, dots, squares, key_norm, beta, weights + tile * kTile, heads);
+          if (t + 1 == s.steps)
+            tile_to_rows(dst,
+                         static_cast<S*>(p.memory_out) + (b * s.slots + tile * kTile) * s.width,
+                         tile_slots(s, tile), s.width);
+          if (snapshots && !saves_all(p))
+            std::copy(dst, dst + tile_size, snapshot(p, b, t) + tile * tile_size);
         }
-        const bool erases =
-            write_weights(s, p.options, previous, gates, scratch.slots, tile, write, kTile, keep);
-        if (erases && p.erased_rows != nullptr) save_erased(p, b, t, scratch.slots, tile, src);
-        decay_usage(p, scratch.usage + tile * kTile, write);
-        write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots, squares,
-                        s.blocks > 1 ? tile_size : 0);
-        store_scores(p, dots, squares, key_norm, beta, weights + tile * kTile);
-        if (t + 1 == s.steps)
-          tile_to_rows(dst, static_cast<S*>(p.memory_out) + (b * s.slots + tile * kTile) * s.width,
-                       tile_slots(s, tile), s.width);
-        if (snapshots && !saves_all(p))
-          std::copy(dst, dst + tile_size, snapshot(p, b, t) + tile * tile_size);
+        exponentials(s, weights, run0, run1, beta, totals, heads);
+        for_head_groups(heads, [&](int64_t r, auto G) {
+          column_sums<A, S, G>(memory + run0 * tile_size, run1 - run0, s.width,
+                               weights + r * s.padded + run0 * kTile, s.padded,
+                               reads + r * s.width * kLanes<A>, run0 == tile0);
+        });
       }
-
-      A* partial = scratch.partial + block * s.heads * (s.width + 2);
-      block_exponentials(s, weights, tile0, tile1, beta, partial + s.heads * s.width);
-      for_head_groups(s.heads, [&](int64_t r, auto G) {
-        column_sums<A, S, G>(memory + tile0 * tile_size, tile1 - tile0, s.width,
-                             weights + r * s.padded + tile0 * kTile, s.padded,
-                             partial + r * s.width);
-      });
+      lane_sums(reads, heads * s.width, partial);
     }
   }
 
   // u = decay * u + sum_r w_w,r over one tile; the read weights are added when they are known.
-  static MANN_EXT_INLINE void decay_usage(const Forward& p, A* usage, const A* write) {
+  template <class H>
+  static MANN_EXT_INLINE void decay_usage(const Forward& p, A* usage, const A* write, H heads) {
     for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
       Vec<A> u = static_cast<A>(p.options.usage_decay) * load<A>(usage + lane);
-      for (int64_t r = 0; r < p.shape.heads; ++r) u += load<A>(write + r * kTile + lane);
+      for (int64_t r = 0; r < heads; ++r) u += load<A>(write + r * kTile + lane);
       store<A>(usage + lane, u);
     }
   }
 
   // beta times the cosines of one tile, from its dot products and squared norms.
+  template <class H>
   static MANN_EXT_INLINE void store_scores(const Forward& p, const A* dots, const A* squares,
-                                           const A* key_norm, const A* beta, A* scores) {
+                                           const A* key_norm, const A* beta, A* scores, H heads) {
     for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
       const Vec<A> length = square_root<A>(load<A>(squares + lane));
-      for (int64_t r = 0; r < p.shape.heads; ++r)
+      for (int64_t r = 0; r < heads; ++r)
         store<A>(scores + r * p.shape.padded + lane,
                  beta[r] * load<A>(dots + r * kTile + lane) /
                      (key_norm[r] * length + static_cast<A>(p.options.eps)));
     }
   }
 
-  // Scores to exponentials in place; their sums [R] and then the shifts used [R].
-  static void block_exponentials(const Shape& s, A* scores, int64_t tile0, int64_t tile1,
-                                 const A* beta, A* totals) {
-    for (int64_t r = 0; r < s.heads; ++r)
-      totals[r] = exponentials(s, scores + r * s.padded, tile0, tile1,
-                               !(std::abs(beta[r]) <= A(kUnshifted)), totals + s.heads + r);
-  }
-
-  // x . y in double, in eight sums that need not wait for each other.
+  // x . y in double.
   static double dot(const A* x, const A* y, int64_t width) {
-    double sums[8] = {};
+    constexpr int L = kLanes<double>;
+    Vec<double> sum[2] = {};
     int64_t j = 0;
-    for (; j + 8 <= width; j += 8)
-      for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[j + i]) * y[j + i];
-    for (int i = 0; j < width; ++j, ++i) sums[i] += static_cast<double>(x[j]) * y[j];
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
-           ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    for (; j + 2 * L <= width; j += 2 * L)
+      for (int v = 0; v < 2; ++v) sum[v] += widen(x + j + v * L) * widen(y + j + v * L);
+    for (; j + L <= width; j += L) sum[0] += widen(x + j) * widen(y + j);
+    double total = sum_lanes<double>(sum[0] + sum[1]);
+    for (; j < width; ++j) total += static_cast<double>(x[j]) * y[j];
+    return total;
   }
   static A norm(const A* v, int64_t width) { return static_cast<A>(std::sqrt(dot(v, v, width))); }
 
@@ -405,11 +421,12 @@ struct Scan {
   }
 
   // The last group of heads is scored while the finished row is in registers.
+  template <class H>
   static MANN_EXT_INLINE void write_and_score(const Shape& s, const S* src, S* dst, const Int* keep,
                                               const A* weights, const A* contents, const A* keys,
-                                              A* dots, A* squares, int64_t ahead) {
-    for_head_groups(s.heads, [&](int64_t r, auto G) {
-      if (r + G == s.heads)
+                                              A* dots, A* squares, int64_t ahead, H heads) {
+    for_head_groups(heads, [&](int64_t r, auto G) {
+      if (r + G == heads)
         tile_write<A, S, S, G, true>(src, dst, s.width, keep, weights + r * kTile,
                                      contents + r * s.width, keys + r * s.width, dots + r * kTile,
                                      squares, ahead);
@@ -419,34 +436,40 @@ struct Scan {
       src = dst;
       keep = nullptr;
     });
-    for_head_groups(s.heads, [&](int64_t r, auto G) {
-      if (r + G != s.heads) tile_score<A, S, G>(dst, s.width, keys + r * s.width, dots + r * kTile);
+    for_head_groups(heads, [&](int64_t r, auto G) {
+      if (r + G != heads) tile_score<A, S, G>(dst, s.width, keys + r * s.width, dots + r * kTile);
     });
   }
 
-  // Scores to exponentials in place over one block; returns their sum and the shift used.
-  static A exponentials(const Shape& s, A* scores, int64_t tile0, int64_t tile1, bool shifted,
-                        A* shift) {
+  // Scores of the tiles [tile0, tile1) to exponentials in place; their sums are added to
+  // totals [R]. Scores that could overflow are shifted by the largest of these tiles; the shifts
+  // [R] follow the totals.
+  template <class H>
+  static MANN_EXT_INLINE void exponentials(const Shape& s, A* scores, int64_t tile0, int64_t tile1,
+                                           const A* beta, A* totals, H heads) {
     const int64_t last = std::min(s.slots, tile1 * kTile);
-    A top = A(0);
-    if (shifted) {
-      top = scores[tile0 * kTile];
-      for (int64_t i = tile0 * kTile + 1; i < last; ++i)
-        if (!(scores[i] <= top)) top = scores[i];
-    }
-    *shift = top;
-    Vec<A> sum[2] = {};
-    for (int64_t i = tile0 * kTile; i < tile1 * kTile; i += 2 * kLanes<A>)
-      for (int v = 0; v < 2; ++v) {
-        A* at = scores + i + v * kLanes<A>;
-        Vec<A> e = exponential<A>(load<A>(at) - top);
-        if (i + (v + 1) * kLanes<A> > last)
-          for (int lane = 0; lane < kLanes<A>; ++lane)
-            if (i + v * kLanes<A> + lane >= last) e[lane] = A(0);
-        store<A>(at, e);
-        sum[v] += e;
+    for (int64_t r = 0; r < heads; ++r) {
+      A* const row = scores + r * s.padded;
+      A top = A(0);
+      if (!(std::abs(beta[r]) <= A(kUnshifted))) {
+        top = row[tile0 * kTile];
+        for (int64_t i = tile0 * kTile + 1; i < last; ++i)
+          if (!(row[i] <= top)) top = row[i];
       }
-    return sum_lanes<A>(sum[0] + sum[1]);
+      totals[heads + r] = top;
+      Vec<A> sum[2] = {};
+      for (int64_t i = tile0 * kTile; i < tile1 * kTile; i += 2 * kLanes<A>)
+        for (int v = 0; v < 2; ++v) {
+          A* at = row + i + v * kLanes<A>;
+          Vec<A> e = exponential<A>(load<A>(at) - top);
+          if (i + (v + 1) * kLanes<A> > last)
+            for (int lane = 0; lane < kLanes<A>; ++lane)
+              if (i + v * kLanes<A> + lane >= last) e[lane] = A(0);
+          store<A>(at, e);
+          sum[v] += e;
+        }
+      totals[r] += sum_lanes<A>(sum[0] + sum[1]);
+    }
   }
 
   // Adds the blocks in their order: normaliser, reads (a chunk's come later), and the factor for
@@ -467,12 +490,17 @@ struct Scan {
         shifts[k * size] = std::exp(shifts[k * size] - top);
         total += static_cast<double>(totals[k * size]) * shifts[k * size];
       }
-      for (int64_t j = 0; j < s.width && p.options.chunk == 1; ++j) {
-        double sum = 0;
-        for (int64_t k = 0; k < s.blocks; ++k)
-          sum +=
-              static_cast<double>(scratch.partial[k * size + r * s.width + j]) * shifts[k * size];
-        reads[r * s.width + j] = static_cast<A>(sum / total);
+      if (p.options.chunk == 1) {
+        double* sums = reinterpret_cast<double*>(thread_scratch<0>(s.width * sizeof(double)));
+        std::fill(sums, sums + s.width, 0.0);
+        for (int64_t k = 0; k < s.blocks; ++k) {
+          const A* part = scratch.partial + k * size + r * s.width;
+          const double factor = shifts[k * size];
+          for (int64_t j = 0; j < s.width; ++j) sums[j] += factor * static_cast<double>(part[j]);
+        }
+        const double inverse = 1 / total;
+        for (int64_t j = 0; j < s.width; ++j)
+          reads[r * s.width + j] = static_cast<A>(sums[j] * inverse);
       }
       double sum = 0;
       for (int64_t k = 0; k < s.blocks; ++k) {
@@ -492,15 +520,17 @@ struct Scan {
     for (; block < end; ++block) {
       const A* scales = scratch.partial + block * s.heads * (s.width + 2) + s.heads * (s.width + 1);
       const int64_t last = std::min(s.tiles, (block + 1) * s.block_tiles) * kTile;
-      for (int64_t i = block * s.block_tiles * kTile; i < last; i += kLanes<A>) {
-        Vec<A> u = load<A>(scratch.usage + i);
-        for (int64_t r = 0; r < s.heads; ++r) {
-          const Vec<A> w = load<A>(weights + r * s.padded + i) * scales[r];
-          store<A>(weights + r * s.padded + i, w);
-          u += w;
+      with_heads(s.heads, [&](auto heads) {
+        for (int64_t i = block * s.block_tiles * kTile; i < last; i += kLanes<A>) {
+          Vec<A> u = load<A>(scratch.usage + i);
+          for (int64_t r = 0; r < heads; ++r) {
+            const Vec<A> w = load<A>(weights + r * s.padded + i) * scales[r];
+            store<A>(weights + r * s.padded + i, w);
+            u += w;
+          }
+          store<A>(scratch.usage + i, u);
         }
-        store<A>(scratch.usage + i, u);
-      }
+      });
       offer_block(s, scratch, block);
     }
   }
@@ -628,7 +658,7 @@ struct Scan {
     for (int64_t step = start; step < t; ++step) {
       const bool erases =
           write_weights(s, p.options, scratch.previous_weights(p, b, step), gate(p.in, s, step, b),
-                        slots_at(p, b, step), tile, write, kTile, keep);
+                        slots_at(p, b, step), tile, write, kTile, keep, s.heads);
       write_tile(s, replayed, replayed, erases ? keep : nullptr, write, content(p.in, s, step, b));
     }
     A* dst = scratch.memory + tile * s.width * kTile;
@@ -660,6 +690,36 @@ struct Scan {
   template <class M>
   static void backward_block(const Backward& p, const BackwardScratch& scratch, int64_t b,
                              int64_t t, int64_t tile0, int64_t tile1, const M* tiles) {
+    if (t > 0 && p.shape.blocks == 1) prefetch_step(p, scratch, b, t - 1);
+    with_heads(p.shape.heads,
+               [&](auto heads) { backward_block(p, scratch, b, t, tile0, tile1, tiles, heads); });
+  }
+
+  // Asks early for what step t, the next to be undone, reads and writes: walking backwards through
+  // many arrays is not a pattern that the hardware foresees.
+  static void prefetch_step(const Backward& p, const BackwardScratch& scratch, int64_t b,
+                            int64_t t) {
+    const Shape& s = p.shape;
+    const auto ask = [](const void* from, int64_t bytes) {
+      for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(static_cast<const char*>(from) + i);
+    };
+    const int64_t step = at(s, t, b), row = s.heads * s.width;
+    const int64_t bytes = row * static_cast<int64_t>(sizeof(A));
+    ask(scratch.previous_weights(p, b, t), s.heads * s.padded * static_cast<int64_t>(sizeof(A)));
+    ask(key(p.in, s, t, b), bytes);
+    if (p.in.contents != p.in.keys) ask(content(p.in, s, t, b), bytes);
+    ask(static_cast<const A*>(p.reads) + step * row, bytes);
+    ask(static_cast<const A*>(p.grad_reads) + step * row, bytes);
+    ask(static_cast<A*>(p.grad_keys) + step * row, bytes);
+    if (p.erased_rows != nullptr)
+      ask(static_cast<const S*>(p.erased_rows) + step * s.chosen * s.width,
+          s.chosen * s.width * static_cast<int64_t>(sizeof(S)));
+  }
+
+  template <class M, class H>
+  static void backward_block(const Backward& p, const BackwardScratch& scratch, int64_t b,
+                             int64_t t, int64_t tile0, int64_t tile1, const M* tiles, H heads) {
     const Shape& s = p.shape;
     const int64_t tile_size = s.width * kTile;
     const int64_t block_slots = (tile1 - tile0) * kTile;
@@ -668,35 +728,37 @@ struct Scan {
     const A* keys = key(p.in, s, t, b);
     const A* contents = content(p.in, s, t, b);
     const A* gates = gate(p.in, s, t, b);
-    const A* reads = static_cast<const A*>(p.reads) + at(s, t, b) * s.heads * s.width;
-    const A* grads = static_cast<const A*>(p.grad_reads) + at(s, t, b) * s.heads * s.width;
+    const A* reads = static_cast<const A*>(p.reads) + at(s, t, b) * heads * s.width;
+    const A* grads = static_cast<const A*>(p.grad_reads) + at(s, t, b) * heads * s.width;
     const int64_t* slots = slots_at(p, b, t);
 
-    Arena room(thread_scratch<0>((2 * s.heads * (block_slots + kTile) + 2 * kTile) * sizeof(A) +
-                                 s.heads * kTile * sizeof(A) + kTile * sizeof(Int) +
-                                 tile_size * sizeof(S) + 1024));
-    A* x = room.take<A>(s.heads * block_slots);      // dL/d(k . m), a block of slots
-    A* write = room.take<A>(s.heads * block_slots);  // w_w, a block of slots
-    A* x_tile = room.take<A>(s.heads * kTile);
-    A* grad_dots = room.take<A>(s.heads * kTile);
-    A* write_tile_weights = room.take<A>(s.heads * kTile);
+    Arena room(thread_scratch<0>(
+        (2 * heads * (block_slots + kTile) + 2 * kTile) * sizeof(A) + heads * kTile * sizeof(A) +
+        kTile * sizeof(Int) + 2 * heads * s.width * kVectorBytes + tile_size * sizeof(S) + 1024));
+    A* x = room.take<A>(heads * block_slots);      // dL/d(k . m), a block of slots
+    A* write = room.take<A>(heads * block_slots);  // w_w, a block of slots
+    A* x_tile = room.take<A>(heads * kTile);
+    A* grad_dots = room.take<A>(heads * kTile);
+    A* write_tile_weights = room.take<A>(heads * kTile);
     A* squares = room.take<A>(kTile);
     A* self = room.take<A>(kTile);
     Int* keep = room.take<Int>(kTile);
+    A* vectors = room.take<A>(2 * heads * s.width * kLanes<A>);
     S* replayed = room.take<S>(tile_size);
 
     A* partial = scratch.partial + tile0 / s.block_tiles * partial_size(s);
     A* key_sums = partial;
-    A* content_sums = key_sums + s.heads * s.width;
-    A* previous_sums = content_sums + s.heads * s.width;
-    A* chosen_sums = previous_sums + s.heads;
-    A* strength_sums = chosen_sums + s.heads;
-    A* own_sums = strength_sums + s.heads;
-    std::fill(chosen_sums, chosen_sums + s.heads, A(0));
-    Vec<A> previous_sum[kMaxHeads] = {}, strength_sum[kMaxHeads] = {}, own_sum[kMaxHeads] = {};
+    A* content_sums = key_sums + heads * s.width;
+    A* previous_sums = content_sums + heads * s.width;
+    A* chosen_sums = previous_sums + heads;
+    A* strength_sums = chosen_sums + heads;
+    A* own_sums = strength_sums + heads;
+    std::fill(chosen_sums, chosen_sums + heads, A(0));
+    Vec<A> previous_sum[kRoom<H>], strength_sum[kRoom<H>], own_sum[kRoom<H>];
+    for (int64_t r = 0; r < heads; ++r) previous_sum[r] = strength_sum[r] = own_sum[r] = Vec<A>{};
 
     A key_norm[kMaxHeads], beta[kMaxHeads], expected[kMaxHeads];
-    for (int64_t r = 0; r < s.heads; ++r) {
+    for (int64_t r = 0; r < heads; ++r) {
       key_norm[r] = Scan::norm(keys + r * s.width, s.width);
       beta[r] = strength(p.in, s, t, b, r);
       // sum_i w_i dL/dw_i: what the softmax's gradient takes off every slot's.
@@ -709,8 +771,9 @@ struct Scan {
       const M* m = tiles + (tile - tile0) * tile_size;
       A* grad = scratch.grad + tile * tile_size;
       const int64_t offset = (tile - tile0) * kTile;
-      write_weights(s, p.options, previous, gates, slots, tile, write + offset, block_slots, keep);
-      for_head_groups(s.heads, [&](int64_t r, auto G) {
+      write_weights(s, p.options, previous, gates, slots, tile, write + offset, block_slots, keep,
+                    heads);
+      for_head_groups(heads, [&](int64_t r, auto G) {
         if (r == 0)
           tile_score_pair<A, M, G, true>(m, s.width, keys, grads, x_tile, grad_dots, squares);
         else
@@ -721,7 +784,7 @@ struct Scan {
         const Vec<A> length = square_root<A>(load<A>(squares + lane));
         const Vec<A> inverse_length = length > A(0) ? A(1) / length : Vec<A>{};
         Vec<A> own = {};
-        for (int64_t r = 0; r < s.heads; ++r) {
+        for (int64_t r = 0; r < heads; ++r) {
           const int64_t i = r * s.padded + tile * kTile + lane;
           const Vec<A> inverse = A(1) / (key_norm[r] * length + eps);
           const Vec<A> cosine = load<A>(x_tile + r * kTile + lane) * inverse;
@@ -738,9 +801,9 @@ struct Scan {
         store<A>(self + lane, own);
       }
       gradient_of_tile(s, m, grad, x_tile, weights + tile * kTile, self, keys, grads, contents,
-                       grad_dots);
+                       grad_dots, heads);
       // grad_dots is now dL/dw_w.
-      for (int64_t r = 0; r < s.heads; ++r)
+      for (int64_t r = 0; r < heads; ++r)
         for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
           const int64_t i = r * s.padded + tile * kTile + lane;
           const Vec<A> d = load<A>(grad_dots + r * kTile + lane);
@@ -750,18 +813,20 @@ struct Scan {
       for (int64_t i = 0; i < s.chosen; ++i) {
         const int64_t lane = slots[i] - tile * kTile;
         if (lane < 0 || lane >= kTile) continue;
-        for (int64_t r = 0; r < s.heads; ++r)
+        for (int64_t r = 0; r < heads; ++r)
           if (p.options.shared || r % s.chosen == i) chosen_sums[r] += grad_dots[r * kTile + lane];
       }
     }
 
-    for_head_groups(s.heads, [&](int64_t r, auto G) {
+    for_head_groups(heads, [&](int64_t r, auto G) {
       column_sums<A, M, G>(tiles, tile1 - tile0, s.width, x + r * block_slots, block_slots,
-                           key_sums + r * s.width);
+                           vectors + r * s.width * kLanes<A>, true);
       column_sums<A, A, G>(scratch.grad + tile0 * tile_size, tile1 - tile0, s.width,
-                           write + r * block_slots, block_slots, content_sums + r * s.width);
+                           write + r * block_slots, block_slots,
+                           vectors + (heads + r) * s.width * kLanes<A>, true);
     });
-    for (int64_t r = 0; r < s.heads; ++r) {
+    lane_sums(vectors, 2 * heads * s.width, partial);  // key_sums and content_sums
+    for (int64_t r = 0; r < heads; ++r) {
       previous_sums[r] = sum_lanes<A>(previous_sum[r]);
       strength_sums[r] = sum_lanes<A>(strength_sum[r]);
       own_sums[r] = sum_lanes<A>(own_sum[r]);
@@ -772,7 +837,7 @@ struct Scan {
       A* grad = scratch.grad + tile * tile_size;
       if (reset) {
         std::fill(grad, grad + tile_size, A(0));
-        for (int64_t r = 0; r < s.heads; ++r) {
+        for (int64_t r = 0; r < heads; ++r) {
           A* d = scratch.weights_grad + r * s.padded + tile * kTile;
           std::fill(d, d + kTile, A(0));
         }
@@ -788,7 +853,7 @@ struct Scan {
         if (reset || near_start(p, t - 1, b)) {
           replay_tile(p, scratch, b, t, tile, write_tile_weights, keep, replayed);
         } else {
-          for (int64_t r = 0; r < s.heads; ++r)
+          for (int64_t r = 0; r < heads; ++r)
             for (int64_t lane = 0; lane < kTile; lane += kLanes<A>)
               store<A>(write_tile_weights + r * kTile + lane,
                        -load<A>(write + r * block_slots + (tile - tile0) * kTile + lane));
@@ -801,18 +866,19 @@ struct Scan {
     }
   }
 
-  template <class M>
+  template <class M, class H>
   static MANN_EXT_INLINE void gradient_of_tile(const Shape& s, const M* m, A* grad, const A* x,
                                                const A* weights, const A* self, const A* keys,
-                                               const A* grads, const A* contents, A* dots) {
-    for_head_groups(s.heads, [&](int64_t r, auto G) {
+                                               const A* grads, const A* contents, A* dots,
+                                               H heads) {
+    for_head_groups(heads, [&](int64_t r, auto G) {
       const A* xr = x + r * kTile;
       const A* wr = weights + r * s.padded;
       const A* kr = keys + r * s.width;
       const A* gr = grads + r * s.width;
       const A* ar = contents + r * s.width;
       A* dr = dots + r * kTile;
-      const bool first = r == 0, last = r + G == s.heads;
+      const bool first = r == 0, last = r + G == heads;
       if (first && last)
         tile_gradient<A, M, G, true, true>(m, grad, s.width, xr, wr, s.padded, self, kr, gr, ar,
                                            dr);
@@ -826,8 +892,8 @@ struct Scan {
         tile_gradient<A, M, G, false, false>(m, grad, s.width, xr, wr, s.padded, self, kr, gr, ar,
                                              dr);
     });
-    for_head_groups(s.heads, [&](int64_t r, auto G) {
-      if (r + G != s.heads)
+    for_head_groups(heads, [&](int64_t r, auto G) {
+      if (r + G != heads)
         tile_score<A, A, G>(grad, s.width, contents + r * s.width, dots + r * kTile);
     });
   }
@@ -1008,8 +1074,9 @@ struct Chunks : Scan<A, A> {
     const int64_t size = s.width * kTile;
     A* memory = scratch.forward.memory;
     Arena room(thread_scratch<0>((s.heads * kTile + s.heads * s.width) * sizeof(A) +
-                                 kTile * sizeof(Int) + 1024));
+                                 s.heads * s.width * kVectorBytes + kTile * sizeof(Int) + 1024));
     A* write = room.take<A>(s.heads * kTile);
+    A* vectors = room.take<A>(s.heads * s.width * kLanes<A>);
     A* sums = room.take<A>(s.heads * s.width);
     Int* keep = room.take<Int>(kTile);
     for (int64_t u = 0; u < scratch.steps(); ++u) {
@@ -1020,15 +1087,17 @@ struct Chunks : Scan<A, A> {
       for (int64_t tile = tile0; tile < tile1; ++tile) {
         A* m = memory + tile * size;
         const bool erases = Base::write_weights(s, p.options, previous, Base::gate(p.in, s, t, b),
-                                                slots, tile, write, kTile, keep);
+                                                slots, tile, write, kTile, keep, s.heads);
         if (erases && p.erased_rows != nullptr) Base::save_erased(p, b, t, slots, tile, m);
         Base::write_tile(s, m, m, erases ? keep : nullptr, write, Base::content(p.in, s, t, b),
                          u == 0 ? kReplayTiles * size : 0);
       }
       for_head_groups(s.heads, [&](int64_t r, auto G) {
         column_sums<A, A, G>(memory + tile0 * size, tile1 - tile0, s.width,
-                             weights + r * s.padded + tile0 * kTile, s.padded, sums + r * s.width);
+                             weights + r * s.padded + tile0 * kTile, s.padded,
+                             vectors + r * s.width * kLanes<A>, true);
       });
+      lane_sums(vectors, s.heads * s.width, sums);
       A* total = reads + u * s.heads * s.width;
       for (int64_t i = 0; i < s.heads * s.width; ++i) total[i] += sums[i];
     }
@@ -1150,8 +1219,9 @@ struct Chunks : Scan<A, A> {
       for (int64_t tile = tile0; tile < tile1; ++tile) {
         const int64_t slot0 = tile * kTile, row = before * s.padded + slot0;
         A* squares = scratch.squares + slot0;
-        Base::write_weights(s, p.options, previous, gates, forward.slots, tile, write, kTile, keep);
-        Base::decay_usage(p, forward.usage + slot0, write);
+        Base::write_weights(s, p.options, previous, gates, forward.slots, tile, write, kTile, keep,
+                            s.heads);
+        Base::decay_usage(p, forward.usage + slot0, write, s.heads);
         if (apart) {
           mix(s, scratch.content_dots + row, s.padded, rows, before, slot0, content_mix, s.heads,
               old_dots);
@@ -1177,10 +1247,11 @@ struct Chunks : Scan<A, A> {
           write_row(s, scratch.rows + here[i] * s.width, write + lane, contents, keys,
                     key_dots + lane, squares + lane);
         }
-        Base::store_scores(p, key_dots, squares, key_norm, beta, weights + slot0);
+        Base::store_scores(p, key_dots, squares, key_norm, beta, weights + slot0, s.heads);
       }
       A* totals = forward.partial + block * s.heads * (s.width + 2) + s.heads * s.width;
-      Base::block_exponentials(s, weights, tile0, tile1, beta, totals);
+      std::fill(totals, totals + 2 * s.heads, A(0));
+      Base::exponentials(s, weights, tile0, tile1, beta, totals, s.heads);
     }
   }
 

@@ -36,6 +36,25 @@ MANN_EXT_INLINE void for_head_groups(int64_t heads, const F& body) {
   if (r < heads) body(r, std::integral_constant<int, 1>());
 }
 
+// Calls body(heads) with the number of heads as a constant where it is a usual one, so that loops
+// over the heads are unrolled and what they add up stays in registers.
+template <class F>
+MANN_EXT_INLINE void with_heads(int64_t heads, const F& body) {
+  switch (heads) {
+    case 1: return body(std::integral_constant<int64_t, 1>());
+    case 2: return body(std::integral_constant<int64_t, 2>());
+    case 4: return body(std::integral_constant<int64_t, 4>());
+    case 8: return body(std::integral_constant<int64_t, 8>());
+    default: return body(heads);
+  }
+}
+
+// Room for one thing a head, by the type that with_heads passes.
+template <class H>
+constexpr int64_t kRoom = mann_ext::lrua::kMaxHeads;
+template <int64_t heads>
+constexpr int64_t kRoom<std::integral_constant<int64_t, heads>> = heads;
+
 template <class A>
 MANN_EXT_INLINE Vec<A> keep_lanes(const typename Lanes<A>::Int* keep, Vec<A> v) {
   using Mask = typename Lanes<A>::mask;
@@ -222,9 +241,12 @@ inline __attribute__((noinline)) void tile_gradient(const M* tile, A* grad, int6
 
 template <class A, class M, int G, int J>
 MANN_EXT_INLINE void column_sums_at(const M* tiles, int64_t count, int64_t width, int64_t j,
-                                    const A* weights, int64_t stride, A* out) {
+                                    const A* weights, int64_t stride, A* sums, bool first) {
   constexpr int L = kLanes<A>;
   Vec<A> sum[G][J] = {};
+  if (!first)
+    for (int g = 0; g < G; ++g)
+      for (int i = 0; i < J; ++i) sum[g][i] = load<A>(sums + (g * width + j + i) * L);
   for (int64_t tile = 0; tile < count; ++tile) {
     const M* column = tiles + (tile * width + j) * kTile;
     const A* w = weights + tile * kTile;
@@ -238,19 +260,22 @@ MANN_EXT_INLINE void column_sums_at(const M* tiles, int64_t count, int64_t width
     }
   }
   for (int g = 0; g < G; ++g)
-    for (int i = 0; i < J; ++i) out[g * width + j + i] = sum_lanes<A>(sum[g][i]);
+    for (int i = 0; i < J; ++i) store<A>(sums + (g * width + j + i) * L, sum[g][i]);
 }
 
-// out_g[j] = sum over the slots of `count` tiles of weights_g[slot] * tile[j][slot]: the read, and
-// the gradients of keys and contents. An outer product in registers, G * 4 accumulators.
+// sums_g[j] += sum over the slots of `count` tiles of weights_g[slot] * tile[j][slot], a vector
+// of lanes each (to be added up by lane_sums): the read, and the gradients of keys and contents.
+// `first`: from zero. An outer product in registers, G * J accumulators.
 template <class A, class M, int G>
 inline __attribute__((noinline)) void column_sums(const M* tiles, int64_t count, int64_t width,
-                                                  const A* weights, int64_t stride, A* out) {
+                                                  const A* weights, int64_t stride, A* sums,
+                                                  bool first) {
   constexpr int J = kRegisters == 32 ? 5 : 2;
   int64_t j = 0;
   for (; j + J <= width; j += J)
-    column_sums_at<A, M, G, J>(tiles, count, width, j, weights, stride, out);
-  for (; j < width; ++j) column_sums_at<A, M, G, 1>(tiles, count, width, j, weights, stride, out);
+    column_sums_at<A, M, G, J>(tiles, count, width, j, weights, stride, sums, first);
+  for (; j < width; ++j)
+    column_sums_at<A, M, G, 1>(tiles, count, width, j, weights, stride, sums, first);
 }
 
 // ---- between the user's layout [N][W] and tiles [W][kTile] ----

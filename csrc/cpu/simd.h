@@ -8,10 +8,12 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 // GCC 12 warns of its own deliberately undefined vectors inside these headers.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #endif
 
@@ -197,6 +199,14 @@ MANN_EXT_INLINE Vec<A> load_unaligned(const A* p) {
   return v;
 }
 
+// As many numbers as a vector of doubles has, from any address.
+template <class A>
+MANN_EXT_INLINE Vec<double> widen(const A* p) {
+  typedef A Narrow
+      __attribute__((vector_size(kLanes<double> * sizeof(A)), may_alias, aligned(alignof(A))));
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vec<double>);
+}
+
 // ---- arithmetic ----
 
 template <class A>
@@ -232,6 +242,38 @@ MANN_EXT_INLINE A sum_lanes(Vec<A> v) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 #endif
+}
+
+// Neighbours' sums: x[0] + x[1], x[2] + x[3], ..., y[0] + y[1], ...
+template <class A, int... I>
+MANN_EXT_INLINE Vec<A> pair_sums(Vec<A> x, Vec<A> y, std::integer_sequence<int, I...>) {
+  using Mask = typename Lanes<A>::mask;
+  const Mask even = {(2 * I)...}, odd = {(2 * I + 1)...};
+  return __builtin_shuffle(x, y, even) + __builtin_shuffle(x, y, odd);
+}
+
+template <class A, int count>
+MANN_EXT_INLINE Vec<A> lane_sums_tree(const A* v) {
+  constexpr int L = kLanes<A>;
+  if constexpr (count == 1)
+    return load<A>(v);
+  else
+    return pair_sums<A>(lane_sums_tree<A, count / 2>(v),
+                        lane_sums_tree<A, count / 2>(v + count / 2 * L),
+                        std::make_integer_sequence<int, L>());
+}
+
+// out[i] = the sum of the lanes of vector i. As many at a time as a vector has lanes: a third of
+// the instructions of summing each by itself.
+template <class A>
+inline void lane_sums(const A* vectors, int64_t count, A* out) {
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    const Vec<A> sums = lane_sums_tree<A, L>(vectors + i * L);
+    std::memcpy(out + i, &sums, sizeof(sums));
+  }
+  for (; i < count; ++i) out[i] = sum_lanes<A>(load<A>(vectors + i * L));
 }
 
 // Bit i is set where !(v[i] >= bound): smaller, or either one NaN.

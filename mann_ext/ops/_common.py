@@ -108,11 +108,22 @@ def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.apply(*args)
     try:
-        return function.apply(*args)
+        return apply_directly(function, *args)
     except NotImplementedError as error:
         if "jvp" not in str(error):
             raise
         raise no_forward_mode(op) from error
+
+
+def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` with every argument given by position.
+
+    ``apply`` inspects the signature for defaults at every call, more than half of what a call costs
+    in Python; where no transform of torch.func is at work, what it then calls is called at once.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

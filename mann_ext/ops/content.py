@@ -201,9 +201,9 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         queries, keys, values, strengths, mask, reads, weights = ctx.saved_tensors
         grad_reads = torch.zeros_like(reads) if grads[0] is None else grads[0].contiguous()
-        out = _ReadBackward.apply(
-            grad_reads, _contiguous(grads[1]), queries, keys, values, strengths, mask,
-            reads, weights, ctx.cosine, ctx.eps,
+        out = _common.apply_directly(
+            _ReadBackward, grad_reads, _contiguous(grads[1]), queries, keys, values, strengths,
+            mask, reads, weights, ctx.cosine, ctx.eps,
         )  # fmt: skip
         return (
             out[0], out[1], None if values is None else out[2],

@@ -319,10 +319,10 @@ class _Scan(torch.autograd.Function):
         grad_reads, grad_memory, grad_read_weights = grads[:3]
         if grad_reads is None:
             grad_reads = torch.zeros_like(reads)
-        out = _ScanBackward.apply(
-            grad_reads.contiguous(), _contiguous(grad_memory), _contiguous(grad_read_weights),
-            *saved, ctx.shared, ctx.eps, ctx.initial_value, ctx.snapshot_every,
-            ctx.needs_input_grad[0],
+        out = _common.apply_directly(
+            _ScanBackward, grad_reads.contiguous(), _contiguous(grad_memory),
+            _contiguous(grad_read_weights), *saved, ctx.shared, ctx.eps, ctx.initial_value,
+            ctx.snapshot_every, ctx.needs_input_grad[0],
         )  # fmt: skip
         return (
             out[0] if ctx.needs_input_grad[0] else None, out[1], None, out[2], out[3],

@@ -78,7 +78,7 @@ def lstm_scan(
         # twice, as h and c may be.
         save = torch.is_grad_enabled()
         arguments = [tensor.view_as(tensor) for tensor in arguments]
-    output = _Scan.apply(*arguments, _contiguous(reset), save)
+    output = _common.apply_directly(_Scan, *arguments, _contiguous(reset), save)
     return LSTMScanOutput(*output[:3])
 
 
@@ -198,8 +198,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         need_x_grad = ctx.needs_input_grad[0]
-        grad_x, *others, grad_bias = _ScanBackward.apply(
-            *map(_contiguous, grads[:3]), *ctx.saved_tensors, need_x_grad
+        grad_x, *others, grad_bias = _common.apply_directly(
+            _ScanBackward, *map(_contiguous, grads[:3]), *ctx.saved_tensors, need_x_grad
         )
         return grad_x if need_x_grad else None, *others, grad_bias, grad_bias, None, None
 
