@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from mann_ext.experiments import PRESETS, SantoroConfig, preset
+from mann_ext.experiments import PRESETS, ExperimentConfig, preset
 from mann_ext.experiments.santoro import EvalOptions
 from mann_ext.reporting import silence_output
 
@@ -20,7 +20,7 @@ USAGE = """\
 usage: mann-ext COMMAND ...
 
   train PRESET [--FIELD VALUE ...] [--resume]   train and evaluate a model
-  eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out classes
+  eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out episodes
   info                                          print versions and how the operators were built
 
 mann-ext COMMAND --help says more.
@@ -34,9 +34,12 @@ class UsageError(ValueError):
     """A command line that cannot be understood."""
 
 
+ConfigT = TypeVar("ConfigT", bound=ExperimentConfig)
+
+
 @dataclass(frozen=True)
-class TrainArguments:
-    config: SantoroConfig
+class TrainArguments(Generic[ConfigT]):
+    config: ConfigT
     resume: bool = False
     """Go on from the newest checkpoint in --run-dir (from the start, if there is none yet), or of
     the preset's newest run."""
@@ -109,10 +112,10 @@ def _train(words: list[str]) -> int:
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
-def _parse_train(words: list[str], name: str, default: SantoroConfig) -> tuple[SantoroConfig, bool]:
+def _parse_train(words: list[str], name: str, default: ConfigT) -> tuple[ConfigT, bool]:
     tyro = _tyro()
     parsed = tyro.cli(
-        TrainArguments,
+        TrainArguments[type(default)],  # type: ignore[misc]
         args=words,
         prog=f"mann-ext train {name}",
         description=f"{PRESETS[name][1]}. Every field can be changed.",

@@ -1,4 +1,4 @@
-"""The result of a run: held-out accuracy with confidence intervals, beside the paper's."""
+"""The results of a run: what was measured on held-out episodes, of what, and how."""
 
 from __future__ import annotations
 
@@ -6,58 +6,50 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mann_ext import __version__
 from mann_ext.checkpoint import replace_file
 from mann_ext.experiments.config import to_json
-from mann_ext.experiments.few_shot import Accuracy, by_instance
-from mann_ext.experiments.santoro import (
-    INSTANCES,
-    PAPER_INSTANCES,
-    SantoroConfig,
-    paper_name,
-    paper_rows,
-)
-from mann_ext.reporting import ordinal
+from mann_ext.experiments.task import Task
+from mann_ext.reporting import Table
 
 WIDE = 110
-"""Columns of a terminal that the accuracies of all instances fit in."""
+"""Columns of a terminal that all columns of a table of results fit in."""
 
 
 def results(
-    accuracy: Accuracy,
-    config: SantoroConfig,
+    task: Task,
+    model: nn.Module,
+    episodes: int,
     *,
     preset: str,
-    data: str,
     step: int,
     training_seconds: float,
-    evaluation_seconds: float,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Everything that says what was measured, of what, and how, ready for JSON."""
+    """Evaluate a model on at least so many held-out episodes; returns everything that says what was
+    measured, of what, and how, ready for JSON."""
+    config = task.config
+    started = time.perf_counter()
+    count, metrics = task.evaluate(model, episodes)
     return {
-        "accuracy": by_instance(accuracy.means()),
-        "half_width_95": by_instance(accuracy.half_widths()),
-        "episodes": accuracy.episodes,
-        "paper": {
-            name: dict(
-                zip(map(str, PAPER_INSTANCES), (value / 100 for value in values), strict=True)
-            )
-            for name, values in paper_rows(config).items()
-        },
-        "paper_name": paper_name(config.model),
-        "data": data,
+        **metrics,
+        "episodes": count,
+        **task.details(model),
+        "data": task.data_name,
         "minibatches": step,
         "training_episodes": step * config.episodes.batch_size * processes,
         "training_seconds": round(training_seconds, 1),
-        "evaluation_seconds": round(evaluation_seconds, 1),
+        "evaluation_seconds": round(time.perf_counter() - started, 1),
         "preset": preset,
+        "experiment": config.name,
         "config": to_json(config),
         "seed": config.run.seed,
         "processes": processes,
@@ -70,13 +62,13 @@ def results(
     }
 
 
-def publish(values: Mapping[str, Any], config: SantoroConfig, path: Path | None) -> None:
+def publish(values: Mapping[str, Any], table: Table, path: Path | None) -> None:
     """Write results as JSON, whole or not at all, and print the table, whichever of them fails."""
     try:
         if path:
             replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
     finally:
-        print_table(values, config)
+        print_table(table)
 
 
 def machine(device: torch.device) -> str:
@@ -105,42 +97,26 @@ def _instruction_set() -> str:
     return {"avx512": "AVX-512", "avx2": "AVX2"}.get(name, name)
 
 
-def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
-    """Print the accuracies by instance beside the paper's."""
-    own = paper_name(config.model)
-    labels = config.episodes.labels.replace("_", "-")
-    title = (
-        f"Accuracy (%) by instance, {values['episodes']:,} episodes of held-out classes, "
-        f"{own} after {values['minibatches']:,} minibatches\n"
-        f"{config.episodes.ways} classes an episode, {labels} labels, "
-        f"{values['data']}"
-    )
-    paper = {name: row for name, row in values["paper"].items() if name == own}
-    paper |= {name: row for name, row in values["paper"].items() if name != own}
-    shares = {"this run": values["accuracy"]}
-    shares |= {f"paper, {name}": row for name, row in paper.items()}
-    rows = {name: {k: f"{100 * v:.1f}" for k, v in row.items()} for name, row in shares.items()}
-    widths = {k: f"±{100 * v:.1f}" for k, v in values["half_width_95"].items()}
-    rows = {"this run": rows.pop("this run"), "  95 % interval": widths, **rows}
+def print_table(table: Table) -> None:
+    """Print a table, with the columns that there is room for."""
     try:
+        import rich.table
         from rich.console import Console
-        from rich.table import Table
     except ImportError:
-        print(title)
-        columns = range(1, INSTANCES + 1)
-        print(" " * 28 + "".join(f"{ordinal(number):>7}" for number in columns))
-        for name, row in rows.items():
-            print(f"{name:<28}" + "".join(f"{row.get(str(number), ''):>7}" for number in columns))
+        print(table.title)
+        print(" " * 28 + "".join(f"{heading:>7}" for heading in table.columns.values()))
+        for name, row in table.rows.items():
+            print(f"{name:<28}" + "".join(f"{row.get(key, ''):>7}" for key in table.columns))
         return
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=WIDE)
-    print(title)
-    table = Table()
-    table.add_column("", no_wrap=True)
-    shown = range(1, INSTANCES + 1) if console.width >= WIDE else PAPER_INSTANCES
-    for number in shown:
-        table.add_column(ordinal(number), justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *(row.get(str(number), "") for number in shown))
-    console.print(table)
+    print(table.title)
+    printed = rich.table.Table()
+    printed.add_column("", no_wrap=True)
+    shown = list(table.columns) if console.width >= WIDE else table.narrow
+    for key in shown:
+        printed.add_column(table.columns[key], justify="right", no_wrap=True)
+    for name, row in table.rows.items():
+        printed.add_row(name, *(row.get(key, "") for key in shown))
+    console.print(printed)

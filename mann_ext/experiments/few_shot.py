@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,18 @@ from torch import Tensor, nn
 from mann_ext import data, models
 from mann_ext.data import Characters, Episodes, EpisodeSampler
 from mann_ext.experiments.config import ConfigError
-from mann_ext.experiments.santoro import INSTANCES, EpisodesConfig, ModelConfig, SantoroConfig
+from mann_ext.experiments.santoro import (
+    INSTANCES,
+    PAPER_INSTANCES,
+    EpisodesConfig,
+    ModelConfig,
+    SantoroConfig,
+    paper_name,
+    paper_rows,
+)
+from mann_ext.reporting import Table, ordinal
 
+SHOWN_INSTANCES = (1, 2, 5, 10)
 LETTERS = 5
 """A string label has five letters, each one of five."""
 TEST_SEED = 1_000_003
@@ -72,6 +84,9 @@ class FewShot:
         ConfigError: an argument of the episodes is out of range.
         DataError: the data is missing or damaged.
     """
+
+    columns = INSTANCES
+    held_out = "held-out classes"
 
     def __init__(self, config: SantoroConfig, device: torch.device, rank: int = 0) -> None:
         self.config = config
@@ -153,6 +168,57 @@ class FewShot:
         correct, shown = torch.cat(counts).double().cpu().unbind(1)
         return Accuracy(correct, shown)
 
+    def metrics(self, means: Sequence[float]) -> dict[str, Any]:
+        """Accuracy by instance."""
+        return {"accuracy": by_instance(means)}
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        """The accuracies to watch."""
+        return accuracies(metrics["accuracy"])
+
+    def evaluate(self, model: nn.Module, episodes: int) -> tuple[int, dict[str, Any]]:
+        """How many episodes, and `held_out_accuracy` with its confidence intervals."""
+        accuracy = self.held_out_accuracy(model, episodes)
+        widths = {"half_width_95": by_instance(accuracy.half_widths())}
+        return accuracy.episodes, {**self.metrics(accuracy.means()), **widths}
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        """The paper's accuracies in this setting."""
+        return {
+            "paper": {
+                name: dict(
+                    zip(map(str, PAPER_INSTANCES), (value / 100 for value in values), strict=True)
+                )
+                for name, values in paper_rows(self.config).items()
+            },
+            "paper_name": paper_name(self.config.model),
+        }
+
+    def table(self, results: dict[str, Any]) -> Table:
+        """The accuracies by instance beside the paper's."""
+        episodes, own = self.config.episodes, results["paper_name"]
+        title = (
+            f"Accuracy (%) by instance, {results['episodes']:,} episodes of held-out classes, "
+            f"{own} after {results['minibatches']:,} minibatches\n"
+            f"{episodes.ways} classes an episode, {episodes.labels.replace('_', '-')} labels, "
+            f"{results['data']}"
+        )
+        paper = {name: row for name, row in results["paper"].items() if name == own}
+        paper |= {name: row for name, row in results["paper"].items() if name != own}
+        shares = {"this run": results["accuracy"]}
+        shares |= {f"paper, {name}": row for name, row in paper.items()}
+        rows = {name: {k: f"{100 * v:.1f}" for k, v in row.items()} for name, row in shares.items()}
+        widths = {k: f"±{100 * v:.1f}" for k, v in results["half_width_95"].items()}
+        rows = {"this run": rows.pop("this run"), "  95 % interval": widths, **rows}
+        columns = {str(number): ordinal(number) for number in range(1, INSTANCES + 1)}
+        return Table(title, columns, tuple(map(str, PAPER_INSTANCES)), rows)
+
+    def draw(self, run_dir: Path) -> None:
+        """Draw ``accuracy.png``."""
+        from mann_ext import figures
+
+        figures.draw_run(run_dir)
+
 
 def count(logits: Tensor, episodes: Episodes) -> Tensor:
     """Right predictions and showings of each episode by instance, (B, 2, INSTANCES) float32.
@@ -214,3 +280,13 @@ def _as_config_error() -> Iterator[None]:
 def by_instance(values: Sequence[float]) -> dict[str, float]:
     """Numbers by instance, under the instance's number, without those that are missing."""
     return {str(index + 1): value for index, value in enumerate(values) if not math.isnan(value)}
+
+
+def accuracies(by_instance: Mapping[str, float]) -> str:
+    """The accuracies to watch, such as ``1st 35.1  2nd 82.9  5th 95.0  10th 97.3 %``."""
+    parts = [
+        f"{ordinal(number)} {100 * by_instance[str(number)]:.1f}"
+        for number in SHOWN_INSTANCES
+        if str(number) in by_instance
+    ]
+    return "  ".join(parts) + " %"

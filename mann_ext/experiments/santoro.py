@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mann_ext.experiments.config import ConfigError, OptimiserConfig, RunConfig
+from mann_ext.experiments.config import ConfigError, ExperimentConfig, OptimiserConfig, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from mann_ext.experiments.few_shot import FewShot
 
 INSTANCES = 10
 """Accuracy is reported for the 1st to the 10th time an episode shows a class."""
@@ -79,18 +84,22 @@ class EpisodesConfig:
 
 
 @dataclass(frozen=True)
-class SantoroConfig:
+class SantoroConfig(ExperimentConfig):
     """A run of the paper's classification task."""
 
+    name: ClassVar[str] = "few-shot"
     model: ModelConfig = field(default_factory=ModelConfig)
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    run: RunConfig = field(default_factory=lambda: RunConfig(minibatches=100_000))
+
+    def task(self, device: torch.device, rank: int = 0) -> FewShot:
+        from mann_ext.experiments.few_shot import FewShot
+
+        return FewShot(self, device, rank)
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Evaluate a trained model on episodes of held-out classes."""
+    """Evaluate a trained model on held-out episodes."""
 
     episodes: int = 3200
     """Least number of episodes."""
