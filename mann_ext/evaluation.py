@@ -104,19 +104,18 @@ def print_table(table: Table) -> None:
         from rich.console import Console
     except ImportError:
         print(table.title)
-        print(" " * 28 + "".join(f"{heading:>7}" for heading in table.columns.values()))
-        for name, row in table.rows.items():
-            print(f"{name:<28}" + "".join(f"{row.get(key, ''):>7}" for key in table.columns))
+        for first, *others in (table.columns, *table.rows):
+            print(f"{first:<28}" + "".join(f"{text:>7}" for text in others))
         return
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=WIDE)
     print(table.title)
+    everything = tuple(range(len(table.columns)))
+    shown = table.narrow if table.narrow and console.width < WIDE else everything
     printed = rich.table.Table()
-    printed.add_column("", no_wrap=True)
-    shown = list(table.columns) if console.width >= WIDE else table.narrow
-    for key in shown:
-        printed.add_column(table.columns[key], justify="right", no_wrap=True)
-    for name, row in table.rows.items():
-        printed.add_row(name, *(row.get(key, "") for key in shown))
+    for index in shown:
+        printed.add_column(table.columns[index], justify="right" if index else "left", no_wrap=True)
+    for row in table.rows:
+        printed.add_row(*(row[index] for index in shown))
     console.print(printed)

@@ -19,17 +19,15 @@ METRICS = "metrics.jsonl"
 
 
 class Table(NamedTuple):
-    """A table of results.
+    """A table of text; the first column says what each row is.
 
-    columns: the heading of each column, by its key.
-    narrow: keys of the columns to show where there is no room for all.
-    rows: what to show, by row and by the key of the column; missing entries stay empty.
+    narrow: indices of the columns to show where there is no room for all; () shows all.
     """
 
     title: str
-    columns: dict[str, str]
-    narrow: tuple[str, ...]
-    rows: dict[str, dict[str, str]]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    narrow: tuple[int, ...] = ()
 
 
 class Reporter:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mann_ext.experiments import santoro
+from mann_ext.experiments import functions, santoro
 from mann_ext.experiments.config import ConfigError, ExperimentConfig, from_json
+from mann_ext.experiments.functions import QuadraticsConfig, RegressionConfig
 from mann_ext.experiments.santoro import SantoroConfig
 
 EXPERIMENTS: dict[str, type[ExperimentConfig]] = {
-    config.name: config for config in (SantoroConfig,)
+    config.name: config for config in (SantoroConfig, RegressionConfig, QuadraticsConfig)
 }
-PRESETS: dict[str, tuple[ExperimentConfig, str]] = {**santoro.PRESETS}
+PRESETS: dict[str, tuple[ExperimentConfig, str]] = {**santoro.PRESETS, **functions.PRESETS}
 
 __all__ = [
     "EXPERIMENTS",
     "PRESETS",
     "ConfigError",
     "ExperimentConfig",
+    "QuadraticsConfig",
+    "RegressionConfig",
     "SantoroConfig",
     "preset",
     "saved_config",

@@ -112,7 +112,7 @@ class FewShot:
 
     def _sampler(self, characters: Characters, augment: bool, seed: int) -> EpisodeSampler:
         episodes = self.config.episodes
-        with _as_config_error():
+        with as_config_error():
             return EpisodeSampler(
                 characters,
                 ways=episodes.ways,
@@ -131,7 +131,7 @@ class FewShot:
             ConfigError: an argument of the model is out of range.
         """
         episodes = self._test_episodes
-        with _as_config_error():
+        with as_config_error():
             model = build_model(self.config.model, episodes.input_size, episodes.label_size)
         return model.to(self.device, self.dtype)
 
@@ -210,8 +210,16 @@ class FewShot:
         rows = {name: {k: f"{100 * v:.1f}" for k, v in row.items()} for name, row in shares.items()}
         widths = {k: f"±{100 * v:.1f}" for k, v in results["half_width_95"].items()}
         rows = {"this run": rows.pop("this run"), "  95 % interval": widths, **rows}
-        columns = {str(number): ordinal(number) for number in range(1, INSTANCES + 1)}
-        return Table(title, columns, tuple(map(str, PAPER_INSTANCES)), rows)
+        numbers = range(1, INSTANCES + 1)
+        return Table(
+            title,
+            ("", *map(ordinal, numbers)),
+            tuple(
+                (name, *(row.get(str(number), "") for number in numbers))
+                for name, row in rows.items()
+            ),
+            narrow=(0, *PAPER_INSTANCES),
+        )
 
     def draw(self, run_dir: Path) -> None:
         """Draw ``accuracy.png``."""
@@ -269,7 +277,7 @@ def load_data(config: EpisodesConfig) -> Characters:
 
 
 @contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
+def as_config_error() -> Iterator[None]:
     """Arguments that a constructor refuses came from the configuration."""
     try:
         yield
