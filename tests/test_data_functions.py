@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_values_have_the_covariance_of_the_process() -> None:
 
 
 @pytest.mark.parametrize("sampler", [process_sampler, quadratic_sampler])
-def test_points_are_uniform_in_the_box(sampler: type[FunctionSampler]) -> None:
+def test_points_are_uniform_in_the_box(sampler: Callable[..., FunctionSampler]) -> None:
     x = sampler(batch_size=500, length=20).sample().x.flatten(0, 1)
     assert x.shape == (10_000, 2)
     assert -1 <= x.min() < -0.99 < 0.99 < x.max() <= 1
@@ -61,7 +62,7 @@ def test_points_are_uniform_in_the_box(sampler: type[FunctionSampler]) -> None:
 
 
 @pytest.mark.parametrize("sampler", [process_sampler, quadratic_sampler])
-def test_a_step_shows_the_value_before(sampler: type[FunctionSampler]) -> None:
+def test_a_step_shows_the_value_before(sampler: Callable[..., FunctionSampler]) -> None:
     inputs, targets = sampler().sample()
     assert inputs.shape == (5, 4, 3)
     assert targets.shape == (5, 4)
@@ -71,7 +72,7 @@ def test_a_step_shows_the_value_before(sampler: type[FunctionSampler]) -> None:
 
 
 @pytest.mark.parametrize("sampler", [process_sampler, quadratic_sampler])
-def test_a_restored_sampler_goes_on_bit_for_bit(sampler: type[FunctionSampler]) -> None:
+def test_a_restored_sampler_goes_on_bit_for_bit(sampler: Callable[..., FunctionSampler]) -> None:
     first = sampler(seed=3)
     first.sample()
     state = first.state_dict()
