@@ -50,9 +50,16 @@ def results(
         "evaluation_seconds": round(time.perf_counter() - started, 1),
         "preset": preset,
         "experiment": config.name,
+        "processes": processes,
+        **provenance(config),
+    }
+
+
+def provenance(config: Any) -> dict[str, Any]:
+    """With what, where and when something was measured; ``config`` has a ``run``."""
+    return {
         "config": to_json(config),
         "seed": config.run.seed,
-        "processes": processes,
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "version": __version__,

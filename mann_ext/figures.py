@@ -19,6 +19,16 @@ CURVES = {"1": "#9aa0a6", "2": "#d95f02", "5": "#1b9e77", "10": "#3b6fb6"}
 """Instances drawn as curves, and their colours."""
 
 
+def available() -> bool:
+    """Whether figures can be drawn; where matplotlib is missing, says so."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        print("no figure: matplotlib is missing (pip install 'mann_ext[figures]')")
+        return False
+    return True
+
+
 def draw_run(run_dir: Path) -> Path | None:
     """Draw ``accuracy.png`` from a run's metrics.jsonl and, if it is there, results.json.
 
@@ -41,16 +51,6 @@ def draw_run(run_dir: Path) -> Path | None:
     path = run_dir / FIGURE
     save(figure, path)
     return path
-
-
-def available() -> bool:
-    """Whether figures can be drawn; where matplotlib is missing, says so."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        print("no figure: matplotlib is missing (pip install 'mann_ext[figures]')")
-        return False
-    return True
 
 
 def save(figure: Figure, path: Path) -> None:
