@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from mann_ext import __version__
 from mann_ext.checkpoint import replace_file
 from mann_ext.experiments.config import to_json
-from mann_ext.experiments.few_shot import Accuracy, by_instance
+from mann_ext.experiments.few_shot import Accuracy
 from mann_ext.experiments.santoro import (
     INSTANCES,
     PAPER_INSTANCES,
@@ -42,9 +44,7 @@ def results(
 ) -> dict[str, Any]:
     """Everything that says what was measured, of what, and how, ready for JSON."""
     return {
-        "accuracy": by_instance(accuracy.means()),
-        "half_width_95": by_instance(accuracy.half_widths()),
-        "episodes": accuracy.episodes,
+        **accuracy.summary(),
         "paper": {
             name: dict(
                 zip(map(str, PAPER_INSTANCES), (value / 100 for value in values), strict=True)
@@ -58,9 +58,16 @@ def results(
         "training_seconds": round(training_seconds, 1),
         "evaluation_seconds": round(evaluation_seconds, 1),
         "preset": preset,
+        "processes": processes,
+        **provenance(config),
+    }
+
+
+def provenance(config: Any) -> dict[str, Any]:
+    """With what, where and when something was measured; ``config`` has a ``run``."""
+    return {
         "config": to_json(config),
         "seed": config.run.seed,
-        "processes": processes,
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "version": __version__,
@@ -68,6 +75,35 @@ def results(
         "machine": machine(torch.device(config.run.device)),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def across_seeds(
+    results: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean accuracy by instance, and half of its 95 % confidence interval.
+
+    Of one result, the interval is its own, over episodes; of several, it is over them, from
+    Student's t distribution with one degree of freedom less than there are results.
+    """
+    if len(results) == 1:
+        return dict(results[0]["accuracy"]), dict(results[0]["half_width_95"])
+    means, half_widths = {}, {}
+    for instance in results[0]["accuracy"]:
+        values = [result["accuracy"][instance] for result in results]
+        spread = statistics.stdev(values) / math.sqrt(len(values))
+        means[instance] = statistics.fmean(values)
+        half_widths[instance] = t_quantile(len(values) - 1) * spread
+    return means, half_widths
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t distribution; beyond 9 degrees of freedom from its expansion
+    around the normal one, to 1e-3."""
+    exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+    if freedom <= len(exact):
+        return exact[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def publish(values: Mapping[str, Any], config: SantoroConfig, path: Path | None) -> None:
@@ -112,7 +148,7 @@ def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
     title = (
         f"Accuracy (%) by instance, {values['episodes']:,} episodes of held-out classes, "
         f"{own} after {values['minibatches']:,} minibatches\n"
-        f"{config.episodes.ways} classes an episode, {labels} labels, "
+        f"{config.episodes.test_ways} classes an episode, {labels} labels, "
         f"{values['data']}"
     )
     paper = {name: row for name, row in values["paper"].items() if name == own}

@@ -12,6 +12,7 @@ from mann_ext.reporting import ordinal, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FIGURE = "accuracy.png"
 CURVES = {"1": "#9aa0a6", "2": "#d95f02", "5": "#1b9e77", "10": "#3b6fb6"}
@@ -39,11 +40,16 @@ def draw_run(run_dir: Path) -> Path | None:
     draw_curves(left, records, paper)
     draw_by_instance(right, results, records)
     path = run_dir / FIGURE
+    save(figure, path)
+    return path
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and say where."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     replace_file(path, picture.getvalue())
     print(f"figure: {path}")
-    return path
 
 
 def draw_curves(axes: Axes, records: list[dict[str, Any]], paper: dict[str, float]) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from mann_ext.experiments import santoro
+from mann_ext.experiments import santoro, santoro_reproductions
 from mann_ext.experiments.config import ConfigError
+from mann_ext.experiments.reproduction import Reproduction
 from mann_ext.experiments.santoro import SantoroConfig
 
 PRESETS = santoro.PRESETS
 
-__all__ = ["PRESETS", "ConfigError", "SantoroConfig", "preset"]
+_ALL = (
+    santoro_reproductions.TABLE_1,
+    santoro_reproductions.TABLE_2,
+    santoro_reproductions.PERSISTENT,
+    santoro_reproductions.CURRICULUM,
+    santoro_reproductions.ABLATION,
+)
+REPRODUCTIONS: dict[str, Reproduction] = {reproduction.name: reproduction for reproduction in _ALL}
+
+__all__ = ["PRESETS", "REPRODUCTIONS", "ConfigError", "SantoroConfig", "preset"]
 
 
 def preset(name: str) -> SantoroConfig:
