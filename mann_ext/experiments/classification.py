@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -127,51 +128,42 @@ def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
 
 
 def compact(results: Mapping[str, Results], reproductions: Iterable[Reproduction]) -> str:
-    """One Markdown table of several reproductions: the paper's accuracy and ours in each cell.
+    """One Markdown table of what was measured in several reproductions: the paper's accuracy and
+    ours in each cell.
 
     Args:
         results: of each reproduction, by its name.
         reproductions: those whose rows are listed.
     """
-    header = ("classes, labels", "model", *(ordinal(number) for number in PAPER_INSTANCES))
+    header = ("classes", "labels", "model", *(ordinal(number) for number in PAPER_INSTANCES))
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     widest = 0.0
     for reproduction in reproductions:
-        own = results.get(reproduction.name, {})
-        for setting, runs in by_setting(reproduction.runs).items():
-            paper = PAPER_ACCURACY.get(setting, {})
-            names = list(dict.fromkeys([*paper, *(run.label for run in runs)]))
-            for name in names:
-                measured = [run for run in runs if run.label == name and run.name in own]
-                if name not in paper and not measured:
+        own = results[reproduction.name]
+        for (labels, ways), runs in by_setting(reproduction.runs).items():
+            for run in runs:
+                if run.name not in own:
                     continue
-                theirs = dict(zip(PAPER_INSTANCES, paper.get(name, ()), strict=False))
-                unmoved: dict[str, float] = {}
-                moved: dict[str, float] = {}
-                for run in measured:
-                    unmoved, widths = evaluation.across_seeds(own[run.name])
-                    widest = max(widest, *(widths[str(n)] for n in PAPER_INSTANCES))
-                    if all("moved" in result for result in own[run.name]):
-                        several = [result["moved"] for result in own[run.name]]
-                        moved, widths = evaluation.across_seeds(several)
-                        widest = max(widest, *(widths[str(n)] for n in PAPER_INSTANCES))
-                texts = [
-                    " / ".join(
-                        (
-                            f"{theirs[n]:.1f}" if theirs else "–",
-                            *(
-                                f"{100 * ours[str(n)]:.1f}" if ours else "–"
-                                for ours in (unmoved, moved)
-                            ),
-                        )
-                    )
-                    for n in PAPER_INSTANCES
-                ]
-                lines.append("| " + " | ".join([_words(setting), name, *texts]) + " |")
+                paper = PAPER_ACCURACY.get((labels, ways), {}).get(run.label, ())
+                unmoved, widths = evaluation.across_seeds(own[run.name])
+                widest = max(widest, *widths.values())
+                texts = [f"{100 * unmoved[str(number)]:.1f}" for number in PAPER_INSTANCES]
+                if all("moved" in result for result in own[run.name]):
+                    several = [result["moved"] for result in own[run.name]]
+                    moved, widths = evaluation.across_seeds(several)
+                    widest = max(widest, *widths.values())
+                    texts = [
+                        f"{text} ({100 * moved[str(number)]:.1f})"
+                        for text, number in zip(texts, PAPER_INSTANCES, strict=True)
+                    ]
+                if paper:
+                    texts = [f"{a:.1f} / {b}" for a, b in zip(paper, texts, strict=True)]
+                row = (str(ways), labels.replace("_", "-"), run.label, *texts)
+                lines.append("| " + " | ".join(row) + " |")
     note = (
-        "Paper / ours / ours with the held-out images shifted and turned a little, percent correct "
-        "on held-out classes; – was not measured. Half of the 95 % interval of ours is at most "
-        f"{100 * widest:.1f}."
+        "Paper / ours, percent correct on held-out classes; in brackets, ours with the held-out\n"
+        "images shifted and turned a little, as those for training are. 95 % intervals of ours\n"
+        f"are within ±{math.ceil(1000 * widest) / 10:.1f}."
     )
     return "\n".join([*lines, "", note])
 

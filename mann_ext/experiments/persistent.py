@@ -93,9 +93,8 @@ def tables(reproduction: Reproduction, results: Results) -> list[Table]:
             for carry, words in CARRIES.items():
                 points = [_point(own, carry, position) for position in range(own[0]["in_a_row"])]
                 rows.append((words, *(f"{100 * means[instance]:.1f}" for means, _ in points)))
-                if carry != "everything":
-                    widths = (f"±{100 * half[instance]:.1f}" for _, half in points)
-                    rows.append(("  95 % interval", *widths))
+                widths = (f"±{100 * half[instance]:.1f}" for _, half in points)
+                rows.append(("  95 % interval", *widths))
             columns = ("memory", *(ordinal(i + 1) for i in range(own[0]["in_a_row"])))
             title = (
                 f"{run.label} in {run.config.episodes.length or 10 * run.config.episodes.ways} "
