@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -94,7 +95,10 @@ def predictions(features: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
         ) from None
     found = np.full_like(labels, NOTHING)
     nearest = KNeighborsClassifier(n_neighbors=1, algorithm="brute")
-    with config_context(assume_finite=True, skip_parameter_validation=True):
+    settings = config_context(assume_finite=True, skip_parameter_validation=True)
+    with settings, warnings.catch_warnings():
+        # Many labels among few points look like a regression to scikit-learn.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         for t in range(1, len(labels)):
             nearest.fit(features[:t], labels[:t])
             found[t] = nearest.predict(features[t : t + 1])[0]

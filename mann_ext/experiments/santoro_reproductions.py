@@ -88,8 +88,8 @@ PERSISTENT = Reproduction(
     description="memory not wiped between ten episodes in a row, 5 and 10 classes",
     paper=(
         "Figure 3 of Santoro et al. (2016), a figure without numbers: the memory is kept from one "
-        "episode to the next. Five classes in episodes of 50 steps interfere little, ten classes "
-        "in episodes of 75 steps more. Here the controller starts each episode from its initial "
+        "episode to the next, with 5 classes in episodes of 50 steps and with 10 in episodes of "
+        "75. Here the controller starts each episode from its initial "
         'state ("kept") or goes on too ("kept, and the controller\'s state"); memory, usage and '
         "read weights are kept in both. Labels are new in every episode."
     ),
