@@ -1,4 +1,4 @@
-"""The command line: ``mann-ext train``, ``mann-ext eval`` and ``mann-ext info``.
+"""The command line: ``mann-ext train``, ``eval``, ``reproduce`` and ``info``.
 
 Nothing heavy is imported before it is needed, so that help and mistakes are answered at once.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mann_ext.experiments import PRESETS, ExperimentConfig, preset
+from mann_ext.experiments.reproduction import ReproduceOptions
 from mann_ext.experiments.santoro import EvalOptions
 from mann_ext.reporting import silence_output
 
@@ -21,6 +22,7 @@ usage: mann-ext COMMAND ...
 
   train PRESET [--FIELD VALUE ...] [--resume]   train and evaluate a model
   eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out episodes
+  reproduce NAME [--FIELD VALUE ...]            a paper's table or figure; --list says which
   info                                          print versions and how the operators were built
 
 mann-ext COMMAND --help says more.
@@ -28,6 +30,13 @@ mann-ext COMMAND --help says more.
 exit codes: 0 done; 1 unexpected error; 2 bad input or a failed read or write, nothing is lost;
 130 Ctrl-C (the run is saved); 143 terminated (the run is saved); 141 output closed early
 """
+
+REPRODUCE_USAGE = """\
+usage: mann-ext reproduce --list            what there is to reproduce
+       mann-ext reproduce NAME [--FIELD VALUE ...]
+       mann-ext reproduce --readme FILE     put the kept results between FILE's marks
+
+mann-ext reproduce NAME --help lists the fields."""
 
 
 class UsageError(ValueError):
@@ -51,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "reproduce": _reproduce,
         "info": _info,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -140,6 +150,29 @@ def _eval(words: list[str]) -> int:
 
     evaluate_run(path, options)
     return 0
+
+
+def _reproduce(words: list[str]) -> int:
+    from mann_ext.reproduce import listing, reproduce, reproduction, write_readme
+
+    if not words or words[0] in ("-h", "--help", "--list"):
+        print(REPRODUCE_USAGE if words != ["--list"] else listing())
+        return 0 if words else 2
+    if words[0] == "--readme":
+        if len(words) != 2:
+            raise UsageError("reproduce --readme: expected one Markdown file")
+        write_readme(Path(words[1]))
+        return 0
+    name, *words = words
+    entry = reproduction(name)
+    options = _tyro().cli(
+        ReproduceOptions,
+        args=words,
+        prog=f"mann-ext reproduce {name}",
+        description=f"{entry.description}. {ReproduceOptions.__doc__}",
+    )
+    stopped_by = reproduce(entry, options)
+    return 0 if stopped_by is None else 128 + stopped_by
 
 
 def _info(words: list[str]) -> int:

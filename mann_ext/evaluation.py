@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,35 @@ def provenance(config: Any) -> dict[str, Any]:
         "machine": machine(torch.device(config.run.device)),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def across_seeds(
+    results: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean accuracy by instance, and half of its 95 % confidence interval.
+
+    Of one result, the interval is its own, over episodes; of several, it is over them, from
+    Student's t distribution with one degree of freedom less than there are results.
+    """
+    if len(results) == 1:
+        return dict(results[0]["accuracy"]), dict(results[0]["half_width_95"])
+    means, half_widths = {}, {}
+    for instance in results[0]["accuracy"]:
+        values = [result["accuracy"][instance] for result in results]
+        spread = statistics.stdev(values) / math.sqrt(len(values))
+        means[instance] = statistics.fmean(values)
+        half_widths[instance] = t_quantile(len(values) - 1) * spread
+    return means, half_widths
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t distribution; beyond 9 degrees of freedom from its expansion
+    around the normal one, to 1e-3."""
+    exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+    if freedom <= len(exact):
+        return exact[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def publish(values: Mapping[str, Any], table: Table, path: Path | None) -> None:

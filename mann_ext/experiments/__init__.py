@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mann_ext.experiments import functions, santoro
+from mann_ext.experiments import function_reproductions, functions, santoro, santoro_reproductions
 from mann_ext.experiments.config import ConfigError, ExperimentConfig, from_json
 from mann_ext.experiments.functions import QuadraticsConfig, RegressionConfig
+from mann_ext.experiments.reproduction import Reproduction
 from mann_ext.experiments.santoro import SantoroConfig
 
 EXPERIMENTS: dict[str, type[ExperimentConfig]] = {
@@ -15,9 +16,21 @@ EXPERIMENTS: dict[str, type[ExperimentConfig]] = {
 }
 PRESETS: dict[str, tuple[ExperimentConfig, str]] = {**santoro.PRESETS, **functions.PRESETS}
 
+_ALL = (
+    santoro_reproductions.TABLE_1,
+    santoro_reproductions.TABLE_2,
+    santoro_reproductions.PERSISTENT,
+    santoro_reproductions.CURRICULUM,
+    santoro_reproductions.ABLATION,
+    function_reproductions.REGRESSION,
+    function_reproductions.QUADRATIC,
+)
+REPRODUCTIONS: dict[str, Reproduction] = {reproduction.name: reproduction for reproduction in _ALL}
+
 __all__ = [
     "EXPERIMENTS",
     "PRESETS",
+    "REPRODUCTIONS",
     "ConfigError",
     "ExperimentConfig",
     "QuadraticsConfig",

@@ -68,6 +68,14 @@ class Accuracy:
         variance *= self.episodes / (self.episodes - 1)
         return (1.959964 * variance.sqrt()).tolist()
 
+    def summary(self) -> dict[str, Any]:
+        """All of it for JSON: accuracy and half_width_95 by instance, and episodes."""
+        return {
+            "accuracy": by_instance(self.means()),
+            "half_width_95": by_instance(self.half_widths()),
+            "episodes": self.episodes,
+        }
+
 
 class FewShot:
     """The episodes and the computations of one configuration.
@@ -99,8 +107,14 @@ class FewShot:
             f"{characters.source}, {len(known.names):,} classes to train on and "
             f"{len(new.names):,} held out"
         )
-        self._make_training = partial(self._sampler, known, episodes.augment, seed + rank)
-        self._test_episodes = self._sampler(new, episodes.augment_test, seed + TEST_SEED)
+        self._make_training = partial(
+            self._sampler, known, seed + rank,
+            ways=episodes.ways, augment=episodes.augment,
+            grow_every=episodes.grow_every, ways_most=episodes.ways_most,
+        )  # fmt: skip
+        self._test_episodes = self._sampler(
+            new, seed + TEST_SEED, ways=episodes.test_ways, augment=episodes.augment_test
+        )
         self._test_start = self._test_episodes.state_dict()
 
     @cached_property
@@ -110,18 +124,17 @@ class FewShot:
         del self._make_training  # and with it the drawings in full size
         return sampler
 
-    def _sampler(self, characters: Characters, augment: bool, seed: int) -> EpisodeSampler:
+    def _sampler(self, characters: Characters, seed: int, **options: Any) -> EpisodeSampler:
         episodes = self.config.episodes
         with as_config_error():
             return EpisodeSampler(
                 characters,
-                ways=episodes.ways,
                 length=episodes.length,
                 batch_size=episodes.batch_size,
                 labels=episodes.labels,
-                augment=augment,
                 seed=seed,
                 device=self.device,
+                **options,
             )
 
     def model(self) -> nn.Module:
@@ -159,14 +172,17 @@ class FewShot:
         """Accuracy on at least ``episodes`` episodes of held-out classes, the same ones at every
         call."""
         model.eval()
-        self._test_episodes.load_state_dict(self._test_start)
-        counts = []
-        for _ in range(math.ceil(episodes / self.config.episodes.batch_size)):
-            batch = self._test_episodes.sample()
-            counts.append(count(self.logits(model, batch), batch))
+        batches = self.held_out_episodes(episodes)
+        counts = [count(self.logits(model, batch), batch) for batch in batches]
         model.train()
-        correct, shown = torch.cat(counts).double().cpu().unbind(1)
-        return Accuracy(correct, shown)
+        return accuracy(counts)
+
+    def held_out_episodes(self, episodes: int) -> Iterator[Episodes]:
+        """Minibatches of at least ``episodes`` episodes of held-out classes, the same at every
+        call."""
+        self._test_episodes.load_state_dict(self._test_start)
+        for _ in range(math.ceil(episodes / self.config.episodes.batch_size)):
+            yield self._test_episodes.sample()
 
     def metrics(self, means: Sequence[float]) -> dict[str, Any]:
         """Accuracy by instance."""
@@ -200,7 +216,7 @@ class FewShot:
         title = (
             f"Accuracy (%) by instance, {results['episodes']:,} episodes of held-out classes, "
             f"{own} after {results['minibatches']:,} minibatches\n"
-            f"{episodes.ways} classes an episode, {episodes.labels.replace('_', '-')} labels, "
+            f"{episodes.test_ways} classes an episode, {episodes.labels.replace('_', '-')} labels, "
             f"{results['data']}"
         )
         paper = {name: row for name, row in results["paper"].items() if name == own}
@@ -234,13 +250,22 @@ def count(logits: Tensor, episodes: Episodes) -> Tensor:
     A string label is right when all its letters are. Later showings than INSTANCES are left out.
     """
     right = logits.argmax(-1) == episodes.targets
-    if right.dim() == 3:
-        right = right.all(-1)
-    column = (episodes.instances - 1).clamp_(max=INSTANCES).mT
-    counts = torch.zeros(column.shape[0], 2, INSTANCES + 1, device=logits.device)
+    return count_right(right.all(-1) if right.dim() == 3 else right, episodes.instances)
+
+
+def count_right(right: Tensor, instances: Tensor) -> Tensor:
+    """The same from whether each prediction was right, (T, B) bool, and instances (T, B)."""
+    column = (instances - 1).clamp_(max=INSTANCES).mT
+    counts = torch.zeros(column.shape[0], 2, INSTANCES + 1, device=right.device)
     counts[:, 0].scatter_add_(1, column, right.mT.float())
-    counts[:, 1].scatter_add_(1, column, torch.ones((), device=logits.device).expand_as(column))
+    counts[:, 1].scatter_add_(1, column, torch.ones((), device=right.device).expand_as(column))
     return counts[..., :INSTANCES]
+
+
+def accuracy(counts: Sequence[Tensor]) -> Accuracy:
+    """Of several minibatches, as `count` gives them."""
+    correct, shown = torch.cat(list(counts)).double().cpu().unbind(1)
+    return Accuracy(correct, shown)
 
 
 def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Module:

@@ -74,8 +74,26 @@ class EpisodesConfig:
     """Rotate and shift the training images a little, as the paper does."""
     augment_test: bool = False
     """The same for the held-out images. (Quarter turns make other classes, in both.)"""
+    grow_every: int = 0
+    """A curriculum: one class more after every so many training episodes (of each process)."""
+    ways_most: int | None = None
+    """Where the curriculum ends; held-out episodes have so many classes from the start."""
+
+    @property
+    def test_ways(self) -> int:
+        """Classes of a held-out episode."""
+        return self.ways if self.ways_most is None else self.ways_most
 
     def __post_init__(self) -> None:
+        if self.grow_every < 0 or (self.grow_every == 0) != (self.ways_most is None):
+            raise ConfigError(
+                "grow_every, ways_most: expected both for a curriculum, or 0 and None, got "
+                f"{self.grow_every} and {self.ways_most}"
+            )
+        if self.test_ways < self.ways:
+            raise ConfigError(
+                f"ways_most: expected at least ways, {self.ways}, got {self.ways_most}"
+            )
         for name in ("ways", "batch_size", "synthetic_classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -106,6 +124,8 @@ class EvalOptions:
     batch_size: int | None = None
     ways: int | None = None
     """Classes an episode; only models of string labels know more than they were trained with."""
+    ways_most: int | None = None
+    """The same, for models trained with a curriculum."""
     length: int | None = None
     """Steps an episode."""
     num_slots: int | None = None
@@ -228,4 +248,5 @@ def paper_name(model: ModelConfig) -> str:
 
 def paper_rows(config: SantoroConfig) -> dict[str, tuple[float, ...]]:
     """The paper's accuracies in this setting, by model; empty where it reports none."""
-    return PAPER_ACCURACY.get((config.episodes.labels, config.episodes.ways), {})
+    episodes = config.episodes
+    return {} if episodes.grow_every else PAPER_ACCURACY.get((episodes.labels, episodes.ways), {})
