@@ -91,7 +91,7 @@ def run_figure(results: Results) -> Figure:
 
 def table(runs: Mapping[str, Results]) -> Table:
     """Errors by the number of points seen, with 95 % intervals: of runs on the same functions, by
-    their labels, and of the baselines; what the runs' are above the best baseline's."""
+    their labels, and of the baselines; what the runs' are above the first baseline's, the best."""
     first = next(iter(runs.values()))
     metric = first["metric"]
     listed = [str(number) for number in LISTED if str(number) in first[metric]]
@@ -107,9 +107,9 @@ def table(runs: Mapping[str, Results]) -> Table:
 
     for label, run in runs.items():
         add(label, run[metric], run["half_width_95"], run["mean"])
-        best = next(iter(run["baselines"].values()))
+        name, best = next(iter(run["baselines"].items()))
         add(
-            "  above the best",
+            f"  above {name}",
             best["difference"],
             best["difference_half_width_95"],
             best["mean_difference"],

@@ -92,7 +92,10 @@ class QuadraticsConfig(ExperimentConfig):
 
 
 REGRESSION_1D = RegressionConfig(
-    model=DEMO.model, optimiser=DEMO.optimiser, run=RunConfig(minibatches=100_000)
+    model=DEMO.model,
+    # Twice the demo's rate: after 2,600 minibatches the loss is -0.09 instead of -0.02.
+    optimiser=replace(DEMO.optimiser, learning_rate=2e-3, clip_norm=1.0),
+    run=RunConfig(minibatches=100_000),
 )
 # Lengthscales grow with the typical distance of two points, and so does the number of points.
 REGRESSION_2D = replace(
