@@ -173,10 +173,13 @@ def _print(text: str) -> None:
 
 
 def _scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    scalars = [(k, v) for k, v in record.items() if isinstance(v, (int, float)) and k != "step"]
-    for name, values in record.items():
-        if isinstance(values, dict) and name != "half_width_95":
-            scalars += [(f"{name}/{column}", value) for column, value in values.items()]
+    scalars = []
+    for name, value in record.items():
+        if isinstance(value, (int, float)) and name != "step":
+            scalars.append((name, value))
+        elif isinstance(value, dict) and name != "half_width_95":
+            numbers = {k: v for k, v in value.items() if isinstance(v, (int, float))}
+            scalars += [(f"{name}/{k}", v) for k, v in numbers.items()]
     return scalars
 
 

@@ -97,7 +97,7 @@ def test_the_baselines_of_the_quadratics() -> None:
     functions = task.training_episodes.sample()
     errors = task.baselines(functions)
     y = functions.targets.double()
-    means = errors["mean of the values before"]
+    means = errors["mean of earlier values"]
     torch.testing.assert_close(means[0], (y[0] - 0.5).square())
     torch.testing.assert_close(means[5], (y[:5].mean(0) - y[5]).square())
     torch.testing.assert_close(errors["least squares"][0], means[0])
@@ -147,14 +147,15 @@ def test_training_learns_what_can_be_learned(tmp_path: Path) -> None:
 def test_results_tables_and_figures(
     config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = changed(config, run_dir=tmp_path, figure=True)
+    config = changed(config, run_dir=tmp_path, figure=True, tensorboard=True)
     results = train(config, "tiny").results
     assert results is not None
     out = capsys.readouterr().out
     metric = results["metric"]
     assert "never-seen functions" in out
-    assert "above the best" in out
+    assert f"excess over {next(iter(results['baselines']))}" in out
     assert (tmp_path / f"{metric}.png").read_bytes().startswith(b"\x89PNG")
+    assert any((tmp_path / "tensorboard").iterdir())
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored == json.loads(json.dumps(results))
     assert results["experiment"] == config.name
@@ -167,9 +168,9 @@ def test_results_tables_and_figures(
     reproduction = SimpleNamespace(runs=runs)
     measured = {"one": [function_results.measure(runs[0], config, tmp_path, 12)]}
     (table,) = function_results.tables(reproduction, measured)
-    assert table.columns == ("points seen", "0", "1", "2", "5", "mean")
-    assert [row[0] for row in table.rows[:4]] == ["A", "  ±", "  above the best", "  ±"]
-    assert table.rows[0][1] == f"{results[metric]['0']:.3g}"
+    assert table.columns == ("points seen", "0", "1", "2", "5", "8", "mean")
+    assert [row[0] for row in table.rows[:4]] == ["A", "  ±", "  excess", "  ±"]
+    assert table.rows[0][1] == f"{results[metric]['0']:{function_results.FORMATS[metric]}}"
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert set(function_results.figures(reproduction, measured)) == (
         {"", "example"} if metric == "nll" else {""}

@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FunctionSampler", "Functions", "GaussianProcess", "GaussianProcessSampler",
-           "QuadraticSampler", "least_squares"]  # fmt: skip
+__all__ = [
+    "FunctionSampler",
+    "Functions",
+    "GaussianProcess",
+    "GaussianProcessSampler",
+    "QuadraticSampler",
+    "least_squares",
+    "monomials",
+]
 
 
 class Functions(NamedTuple):

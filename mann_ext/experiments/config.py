@@ -67,7 +67,7 @@ class RunConfig:
     log_every: int = 50
     """Minibatches between two lines of metrics; the only times the device is waited for."""
     eval_every: int = 1000
-    """Minibatches between two evaluations on held-out classes; 0 evaluates only at the end."""
+    """Minibatches between two held-out evaluations; 0 evaluates only at the end."""
     eval_episodes: int = 320
     final_episodes: int = 3200
     """Episodes of the evaluation at the end of the run; 0 leaves it out."""

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LISTED = (0, 1, 2, 5, 10, 20, 30, 49, 74, 99)
-"""Points seen, in tables."""
+LISTED = (0, 1, 2, 5, 10, 20, 50)
+"""Points seen, in tables, and as many as there are."""
 NAMES = {"nll": "negative log-likelihood", "mse": "mean squared error"}
+FORMATS = {"nll": ".3f", "mse": ".2g"}
 DRAWN_BELOW = 0.1
 """Where errors are on a logarithmic axis, it reaches down to this share of the smallest of ours."""
 
@@ -38,12 +39,7 @@ def measure(run: Any, config: Any, trained: Path, episodes: int) -> dict[str, An
     """
     task, model, preset, progress = training.load_run(trained, config)
     return evaluation.results(
-        task,
-        model,
-        episodes,
-        preset=preset,
-        step=progress.step,
-        training_seconds=progress.seconds,
+        task, model, episodes, preset=preset, step=progress.step, training_seconds=progress.seconds
     )
 
 
@@ -91,25 +87,24 @@ def run_figure(results: Results) -> Figure:
 
 def table(runs: Mapping[str, Results]) -> Table:
     """Errors by the number of points seen, with 95 % intervals: of runs on the same functions, by
-    their labels, and of the baselines; what the runs' are above the best baseline's."""
+    their labels, and of the baselines; the runs' excess over the first, the best of them."""
     first = next(iter(runs.values()))
     metric = first["metric"]
-    listed = [str(number) for number in LISTED if str(number) in first[metric]]
+    form, last = FORMATS[metric], len(first[metric]) - 1
+    listed = [*(str(number) for number in LISTED if number < last), str(last)]
     rows = []
 
     def add(name: str, values: Results, half_widths: Results, mean: Results) -> None:
-        rows.append(
-            (name, *(f"{values[n]:.3g}" for n in listed), f"{mean['value']:.3g}"),
-        )
+        rows.append((name, *(f"{values[n]:{form}}" for n in listed), f"{mean['value']:{form}}"))
         width = mean["half_width_95"]
         if width is not None:
-            rows.append(("  ±", *(f"{half_widths[n]:.2g}" for n in listed), f"{width:.2g}"))
+            rows.append(("  ±", *(f"{half_widths[n]:{form}}" for n in listed), f"{width:{form}}"))
 
     for label, run in runs.items():
         add(label, run[metric], run["half_width_95"], run["mean"])
         best = next(iter(run["baselines"].values()))
         add(
-            "  above the best",
+            "  excess",
             best["difference"],
             best["difference_half_width_95"],
             best["mean_difference"],
@@ -119,7 +114,8 @@ def table(runs: Mapping[str, Results]) -> Table:
     efforts = ", ".join(f"{label} after {run['minibatches']:,}" for label, run in runs.items())
     title = (
         f"{NAMES[metric].capitalize()} by points seen before, {first['episodes']:,} never-seen "
-        f"functions, ± half of the 95 % interval\n{first['data']}; {efforts} minibatches"
+        f"functions, ± half of the 95 % interval\n{first['data']}; {efforts} minibatches; excess "
+        f"over {next(iter(first['baselines']))}"
     )
     shown = [0, *range(1, len(listed), 2), len(listed) + 1]
     return Table(title, ("points seen", *listed, "mean"), tuple(rows), narrow=tuple(shown))

@@ -91,16 +91,22 @@ class QuadraticsConfig(ExperimentConfig):
         return Quadratics(self, device, rank)
 
 
-REGRESSION_1D = RegressionConfig(
-    model=DEMO.model, optimiser=DEMO.optimiser, run=RunConfig(minibatches=100_000)
-)
+def _regression(dimensions: int, lengthscale: float, length: int) -> RegressionConfig:
+    return RegressionConfig(
+        # Each point is written to four slots, one a head: as many slots as an episode fills, or
+        # the points seen first are erased and the error rises again.
+        model=replace(DEMO.model, num_slots=4 * length),
+        episodes=GaussianProcessConfig(dimensions, lengthscale, length=length),
+        # Twice the demo's rate: after 2,600 minibatches the loss is -0.09 instead of -0.02.
+        optimiser=replace(DEMO.optimiser, learning_rate=2e-3, clip_norm=1.0),
+        run=RunConfig(minibatches=100_000),
+    )
+
+
 # Lengthscales grow with the typical distance of two points, and so does the number of points.
-REGRESSION_2D = replace(
-    REGRESSION_1D, episodes=GaussianProcessConfig(dimensions=2, lengthscale=0.6, length=75)
-)
-REGRESSION_3D = replace(
-    REGRESSION_1D, episodes=GaussianProcessConfig(dimensions=3, lengthscale=0.8, length=100)
-)
+REGRESSION_1D = _regression(1, 0.4, length=50)
+REGRESSION_2D = _regression(2, 0.6, length=75)
+REGRESSION_3D = _regression(3, 0.8, length=100)
 QUADRATICS = QuadraticsConfig(
     optimiser=OptimiserConfig(learning_rate=3e-3, clip_norm=1.0),
     run=RunConfig(minibatches=50_000),

@@ -45,5 +45,5 @@ class Quadratics(FunctionTask):
         means[1:] = targets.cumsum(0)[:-1] / counts
         return {
             "least squares": (fitted - targets).square(),
-            "mean of the values before": (means - targets).square(),
+            "mean of earlier values": (means - targets).square(),
         }
