@@ -20,7 +20,7 @@ from mann_ext.experiments import REPRODUCTIONS, ablation, curriculum, persistent
 from mann_ext.experiments.config import ConfigError
 from mann_ext.experiments.nearest_neighbours import predictions
 from mann_ext.experiments.reproduction import ReproduceOptions, Reproduction, Run
-from tests.test_cli import run
+from tests.test_cli import run as command
 from tests.tiny_training import TINY, kill, start, wait_for_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -280,7 +280,7 @@ def test_mistakes_get_one_clear_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("reproduce", *words) == 2
+    assert command("reproduce", *words) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
