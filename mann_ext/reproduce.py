@@ -66,7 +66,8 @@ def reproduce(entry: Reproduction, options: ReproduceOptions) -> int | None:
         ConfigError: an option does not fit, or there are no results to show.
         CheckpointError, TrainingError, DataError: a run cannot be trained or measured.
     """
-    folder = options.out or Path("runs/reproduce") / entry.name
+    kept = "-kept" * options.from_results
+    folder = options.out or Path("runs/reproduce") / f"{entry.name}{kept}"
     runs = entry.chosen(options.only)
     source = COMMITTED / entry.name if options.from_results else folder
     if not options.from_results:

@@ -306,6 +306,19 @@ def test_the_readme_shows_what_the_kept_results_say(tmp_path: Path) -> None:
         reproduce.write_readme(stale)
 
 
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_kept_pages_show_what_the_kept_results_say(name: str) -> None:
+    entry = REPRODUCTIONS[name]
+    results = reproduce.stored(entry, reproduce.COMMITTED / name)
+    pages = [reproduce.COMMITTED / name / f"{name}.md"]
+    pages += [REPOSITORY / "docs" / f"{name.removeprefix('santoro-')}.md"]
+    for page in filter(Path.is_file, pages):
+        tables = entry.experiment().tables(entry, results)
+        expected = reproduce.markdown(entry, results, tables, [f"{page.stem}.png"])
+        assert page.read_text() == expected, f"mann-ext reproduce {name} --from-results --page"
+        assert page.with_suffix(".png").is_file()
+
+
 def test_a_row_of_another_task_needs_only_its_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
