@@ -83,7 +83,9 @@ def across_seeds(
         return dict(results[0]["accuracy"]), dict(results[0]["half_width_95"])
     means, half_widths = {}, {}
     for instance in results[0]["accuracy"]:
-        values = [result["accuracy"][instance] for result in results]
+        values = [r["accuracy"][instance] for r in results if instance in r["accuracy"]]
+        if len(values) < len(results):  # some episodes never showed a class so often
+            continue
         spread = statistics.stdev(values) / math.sqrt(len(values))
         means[instance] = statistics.fmean(values)
         half_widths[instance] = t_quantile(len(values) - 1) * spread
@@ -96,8 +98,11 @@ def t_quantile(freedom: int) -> float:
     exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
     if freedom <= len(exact):
         return exact[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    z, n = 1.959964, freedom
+    first = (z**3 + z) / (4 * n)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return z + first + second + third
 
 
 def publish(values: Mapping[str, Any], table: Table, path: Path | None) -> None:

@@ -66,11 +66,13 @@ def reproduce(entry: Reproduction, options: ReproduceOptions) -> int | None:
         ConfigError: an option does not fit, or there are no results to show.
         CheckpointError, TrainingError, DataError: a run cannot be trained or measured.
     """
-    folder = options.out or Path("runs/reproduce") / entry.name
-    folder.mkdir(parents=True, exist_ok=True)
+    kept = "-kept" * options.from_results
+    folder = options.out or Path("runs/reproduce") / f"{entry.name}{kept}"
+    runs = entry.chosen(options.only)
     source = COMMITTED / entry.name if options.from_results else folder
     if not options.from_results:
-        for run in entry.chosen(options.only):
+        folder.mkdir(parents=True, exist_ok=True)
+        for run in runs:
             for seed in options.seeds or entry.seeds:
                 stopped_by = _one(entry, run, seed, folder, options)
                 if stopped_by:
@@ -79,6 +81,7 @@ def reproduce(entry: Reproduction, options: ReproduceOptions) -> int | None:
     results = stored(entry, source)
     if not results:
         raise ConfigError(f"{entry.name}: there are no results in {source} to show")
+    folder.mkdir(parents=True, exist_ok=True)
     show(entry, results, folder / f"{entry.name}.md")
     if options.page:
         show(entry, results, options.page, printed=False)

@@ -70,18 +70,17 @@ def _own_rows(runs: Iterable[Run], results: Results) -> list[tuple[str, ...]]:
         if run.name not in results:
             continue
         own = results[run.name]
-        means, widths = evaluation.across_seeds(own)
-        rows.append((f"{run.label}, ours", *cells(means, ".1f", 100), effort(own)))
-        rows.append(("  95 % interval", *cells(widths, "±.1f", 100), sample(own)))
-        if all("moved" in result for result in own):
-            means, widths = evaluation.across_seeds([result["moved"] for result in own])
-            rows.append(("  images moved", *cells(means, ".1f", 100), ""))
-            rows.append(("  95 % interval", *cells(widths, "±.1f", 100), ""))
+        for words, several, _ in _variants(own):
+            means, widths = evaluation.across_seeds(several)
+            notes = ("", "") if words else (effort(own), sample(own))
+            rows.append((f"{run.label}, ours{words}", *cells(means, ".1f", 100), notes[0]))
+            rows.append(("  95 % interval", *cells(widths, "±.1f", 100), notes[1]))
     return rows
 
 
 def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
-    """Accuracy by instance in each setting: ours solid with 95 % intervals, the paper's dashed."""
+    """Accuracy by instance in each setting: ours solid, or dotted with images moved, with 95 %
+    intervals; the paper's dashed."""
     from matplotlib.figure import Figure
 
     settings = by_setting(reproduction.runs)
@@ -99,14 +98,17 @@ def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
                     label=f"{label}, paper",
                 )  # fmt: skip
             for run in runs:
-                if run.label == label and run.name in results:
-                    means, widths = evaluation.across_seeds(results[run.name])
+                if run.label != label or run.name not in results:
+                    continue
+                name = f"{label}, ours".replace("`", "")
+                for words, own, line in _variants(results[run.name]):
+                    means, widths = evaluation.across_seeds(own)
                     axes.errorbar(
                         [int(instance) for instance in means],
                         [100 * value for value in means.values()],
                         yerr=[100 * widths[instance] for instance in means],
-                        color=colour, marker="o", markersize=4, capsize=2,
-                        label=f"{label}, ours".replace("`", ""),
+                        color=colour, linestyle=line, marker="o", markersize=3, capsize=2,
+                        label=name + words,
                     )  # fmt: skip
         axes.set(
             xlabel="instance", ylabel="accuracy (%)", ylim=(-1, 101),
@@ -117,6 +119,14 @@ def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False
         )
     return {"": figure}
+
+
+def _variants(own: Sequence[dict[str, Any]]) -> list[tuple[str, Sequence[dict[str, Any]], str]]:
+    """What was measured of a run: words for it, results, and the style of its line."""
+    found: list[tuple[str, Sequence[dict[str, Any]], str]] = [("", own, "-")]
+    if all("moved" in result for result in own):
+        found.append((", images moved", [result["moved"] for result in own], ":"))
+    return found
 
 
 def compact(results: Mapping[str, Results], reproductions: Iterable[Reproduction]) -> str:
@@ -137,17 +147,14 @@ def compact(results: Mapping[str, Results], reproductions: Iterable[Reproduction
                 if run.name not in own:
                     continue
                 paper = PAPER_ACCURACY.get((labels, ways), {}).get(run.label, ())
-                unmoved, widths = evaluation.across_seeds(own[run.name])
-                widest = max(widest, *widths.values())
-                texts = [f"{100 * unmoved[str(number)]:.1f}" for number in PAPER_INSTANCES]
-                if all("moved" in result for result in own[run.name]):
-                    several = [result["moved"] for result in own[run.name]]
-                    moved, widths = evaluation.across_seeds(several)
-                    widest = max(widest, *widths.values())
-                    texts = [
-                        f"{text} ({100 * moved[str(number)]:.1f})"
-                        for text, number in zip(texts, PAPER_INSTANCES, strict=True)
-                    ]
+                measured = [
+                    evaluation.across_seeds(each) for _, each, _ in _variants(own[run.name])
+                ]
+                widest = max([widest, *(max(widths.values()) for _, widths in measured)])
+                texts = []
+                for number in map(str, PAPER_INSTANCES):
+                    values = [f"{100 * means[number]:.1f}" for means, _ in measured]
+                    texts.append(" ".join([values[0], *(f"({value})" for value in values[1:])]))
                 if paper:
                     texts = [f"{a:.1f} / {b}" for a, b in zip(paper, texts, strict=True)]
                 row = (str(ways), labels.replace("_", "-"), run.label, *texts)

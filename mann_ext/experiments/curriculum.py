@@ -101,5 +101,7 @@ def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
             xticks=range(1, INSTANCES + 1), title=run.label,
         )  # fmt: skip
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        axes.legend(
+            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False
+        )
     return {"": figure}

@@ -120,7 +120,8 @@ class ReproduceOptions:
     threads: int | None = None
     """CPU threads."""
     out: Path | None = None
-    """Folder of the results and of the training runs. Default: runs/reproduce/NAME."""
+    """Folder of the results and of the training runs. Default: runs/reproduce/NAME, or NAME-kept
+    with --from-results."""
     page: Path | None = None
     """Also write the page of tables to this Markdown file, and the figures beside it."""
     from_results: bool = False
