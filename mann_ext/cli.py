@@ -1,4 +1,4 @@
-"""The command line: ``mann-ext train``, ``mann-ext eval`` and ``mann-ext info``.
+"""The command line: ``mann-ext train``, ``eval``, ``reproduce`` and ``info``.
 
 Nothing heavy is imported before it is needed, so that help and mistakes are answered at once.
 """
@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from mann_ext.experiments import PRESETS, SantoroConfig, preset
+from mann_ext.experiments import PRESETS, ExperimentConfig, preset
+from mann_ext.experiments.reproduction import ReproduceOptions
 from mann_ext.experiments.santoro import EvalOptions
 from mann_ext.reporting import silence_output
 
@@ -20,7 +21,8 @@ USAGE = """\
 usage: mann-ext COMMAND ...
 
   train PRESET [--FIELD VALUE ...] [--resume]   train and evaluate a model
-  eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out classes
+  eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out episodes
+  reproduce NAME [--FIELD VALUE ...]            a paper's table or figure; --list says which
   info                                          print versions and how the operators were built
 
 mann-ext COMMAND --help says more.
@@ -29,14 +31,24 @@ exit codes: 0 done; 1 unexpected error; 2 bad input or a failed read or write, n
 130 Ctrl-C (the run is saved); 143 terminated (the run is saved); 141 output closed early
 """
 
+REPRODUCE_USAGE = """\
+usage: mann-ext reproduce --list            what there is to reproduce
+       mann-ext reproduce NAME [--FIELD VALUE ...]
+       mann-ext reproduce --readme FILE     put the kept results between FILE's marks
+
+mann-ext reproduce NAME --help lists the fields."""
+
 
 class UsageError(ValueError):
     """A command line that cannot be understood."""
 
 
+ConfigT = TypeVar("ConfigT", bound=ExperimentConfig)
+
+
 @dataclass(frozen=True)
-class TrainArguments:
-    config: SantoroConfig
+class TrainArguments(Generic[ConfigT]):
+    config: ConfigT
     resume: bool = False
     """Go on from the newest checkpoint in --run-dir (from the start, if there is none yet), or of
     the preset's newest run."""
@@ -48,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "reproduce": _reproduce,
         "info": _info,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -109,10 +122,10 @@ def _train(words: list[str]) -> int:
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
-def _parse_train(words: list[str], name: str, default: SantoroConfig) -> tuple[SantoroConfig, bool]:
+def _parse_train(words: list[str], name: str, default: ConfigT) -> tuple[ConfigT, bool]:
     tyro = _tyro()
     parsed = tyro.cli(
-        TrainArguments,
+        TrainArguments[type(default)],  # type: ignore[misc]
         args=words,
         prog=f"mann-ext train {name}",
         description=f"{PRESETS[name][1]}. Every field can be changed.",
@@ -137,6 +150,29 @@ def _eval(words: list[str]) -> int:
 
     evaluate_run(path, options)
     return 0
+
+
+def _reproduce(words: list[str]) -> int:
+    from mann_ext.reproduce import listing, reproduce, reproduction, write_readme
+
+    if not words or words[0] in ("-h", "--help", "--list"):
+        print(REPRODUCE_USAGE if words != ["--list"] else listing())
+        return 0 if words else 2
+    if words[0] == "--readme":
+        if len(words) != 2:
+            raise UsageError("reproduce --readme: expected one Markdown file")
+        write_readme(Path(words[1]))
+        return 0
+    name, *words = words
+    entry = reproduction(name)
+    options = _tyro().cli(
+        ReproduceOptions,
+        args=words,
+        prog=f"mann-ext reproduce {name}",
+        description=f"{entry.description}. {ReproduceOptions.__doc__}",
+    )
+    stopped_by = reproduce(entry, options)
+    return 0 if stopped_by is None else 128 + stopped_by
 
 
 def _info(words: list[str]) -> int:

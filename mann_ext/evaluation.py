@@ -1,66 +1,67 @@
-"""The result of a run: held-out accuracy with confidence intervals, beside the paper's."""
+"""The results of a run: what was measured on held-out episodes, of what, and how."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
+import statistics
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mann_ext import __version__
 from mann_ext.checkpoint import replace_file
 from mann_ext.experiments.config import to_json
-from mann_ext.experiments.few_shot import Accuracy, by_instance
-from mann_ext.experiments.santoro import (
-    INSTANCES,
-    PAPER_INSTANCES,
-    SantoroConfig,
-    paper_name,
-    paper_rows,
-)
-from mann_ext.reporting import ordinal
+from mann_ext.experiments.task import Task
+from mann_ext.reporting import Table
 
 WIDE = 110
-"""Columns of a terminal that the accuracies of all instances fit in."""
+"""Columns of a terminal that all columns of a table of results fit in."""
 
 
 def results(
-    accuracy: Accuracy,
-    config: SantoroConfig,
+    task: Task,
+    model: nn.Module,
+    episodes: int,
     *,
     preset: str,
-    data: str,
     step: int,
     training_seconds: float,
-    evaluation_seconds: float,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Everything that says what was measured, of what, and how, ready for JSON."""
+    """Evaluate a model on at least so many held-out episodes; returns everything that says what was
+    measured, of what, and how, ready for JSON."""
+    config = task.config
+    started = time.perf_counter()
+    count, metrics = task.evaluate(model, episodes)
     return {
-        "accuracy": by_instance(accuracy.means()),
-        "half_width_95": by_instance(accuracy.half_widths()),
-        "episodes": accuracy.episodes,
-        "paper": {
-            name: dict(
-                zip(map(str, PAPER_INSTANCES), (value / 100 for value in values), strict=True)
-            )
-            for name, values in paper_rows(config).items()
-        },
-        "paper_name": paper_name(config.model),
-        "data": data,
+        **metrics,
+        "episodes": count,
+        **task.details(model),
+        "data": task.data_name,
         "minibatches": step,
         "training_episodes": step * config.episodes.batch_size * processes,
         "training_seconds": round(training_seconds, 1),
-        "evaluation_seconds": round(evaluation_seconds, 1),
+        "evaluation_seconds": round(time.perf_counter() - started, 1),
         "preset": preset,
+        "experiment": config.name,
+        "processes": processes,
+        **provenance(config),
+    }
+
+
+def provenance(config: Any) -> dict[str, Any]:
+    """With what, where and when something was measured; ``config`` has a ``run``."""
+    return {
         "config": to_json(config),
         "seed": config.run.seed,
-        "processes": processes,
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "version": __version__,
@@ -70,13 +71,47 @@ def results(
     }
 
 
-def publish(values: Mapping[str, Any], config: SantoroConfig, path: Path | None) -> None:
+def across_seeds(
+    results: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean accuracy by instance, and half of its 95 % confidence interval.
+
+    Of one result, the interval is its own, over episodes; of several, it is over them, from
+    Student's t distribution with one degree of freedom less than there are results.
+    """
+    if len(results) == 1:
+        return dict(results[0]["accuracy"]), dict(results[0]["half_width_95"])
+    means, half_widths = {}, {}
+    for instance in results[0]["accuracy"]:
+        values = [r["accuracy"][instance] for r in results if instance in r["accuracy"]]
+        if len(values) < len(results):  # some episodes never showed a class so often
+            continue
+        spread = statistics.stdev(values) / math.sqrt(len(values))
+        means[instance] = statistics.fmean(values)
+        half_widths[instance] = t_quantile(len(values) - 1) * spread
+    return means, half_widths
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t distribution; beyond 9 degrees of freedom from its expansion
+    around the normal one, to 1e-3."""
+    exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+    if freedom <= len(exact):
+        return exact[freedom - 1]
+    z, n = 1.959964, freedom
+    first = (z**3 + z) / (4 * n)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return z + first + second + third
+
+
+def publish(values: Mapping[str, Any], table: Table, path: Path | None) -> None:
     """Write results as JSON, whole or not at all, and print the table, whichever of them fails."""
     try:
         if path:
             replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
     finally:
-        print_table(values, config)
+        print_table(table)
 
 
 def machine(device: torch.device) -> str:
@@ -105,42 +140,25 @@ def _instruction_set() -> str:
     return {"avx512": "AVX-512", "avx2": "AVX2"}.get(name, name)
 
 
-def print_table(values: Mapping[str, Any], config: SantoroConfig) -> None:
-    """Print the accuracies by instance beside the paper's."""
-    own = paper_name(config.model)
-    labels = config.episodes.labels.replace("_", "-")
-    title = (
-        f"Accuracy (%) by instance, {values['episodes']:,} episodes of held-out classes, "
-        f"{own} after {values['minibatches']:,} minibatches\n"
-        f"{config.episodes.ways} classes an episode, {labels} labels, "
-        f"{values['data']}"
-    )
-    paper = {name: row for name, row in values["paper"].items() if name == own}
-    paper |= {name: row for name, row in values["paper"].items() if name != own}
-    shares = {"this run": values["accuracy"]}
-    shares |= {f"paper, {name}": row for name, row in paper.items()}
-    rows = {name: {k: f"{100 * v:.1f}" for k, v in row.items()} for name, row in shares.items()}
-    widths = {k: f"±{100 * v:.1f}" for k, v in values["half_width_95"].items()}
-    rows = {"this run": rows.pop("this run"), "  95 % interval": widths, **rows}
+def print_table(table: Table) -> None:
+    """Print a table, with the columns that there is room for."""
     try:
+        import rich.table
         from rich.console import Console
-        from rich.table import Table
     except ImportError:
-        print(title)
-        columns = range(1, INSTANCES + 1)
-        print(" " * 28 + "".join(f"{ordinal(number):>7}" for number in columns))
-        for name, row in rows.items():
-            print(f"{name:<28}" + "".join(f"{row.get(str(number), ''):>7}" for number in columns))
+        print(table.title)
+        for first, *others in (table.columns, *table.rows):
+            print(f"{first:<28}" + "".join(f"{text:>7}" for text in others))
         return
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=WIDE)
-    print(title)
-    table = Table()
-    table.add_column("", no_wrap=True)
-    shown = range(1, INSTANCES + 1) if console.width >= WIDE else PAPER_INSTANCES
-    for number in shown:
-        table.add_column(ordinal(number), justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *(row.get(str(number), "") for number in shown))
-    console.print(table)
+    print(table.title)
+    everything = tuple(range(len(table.columns)))
+    shown = table.narrow if table.narrow and console.width < WIDE else everything
+    printed = rich.table.Table()
+    for index in shown:
+        printed.add_column(table.columns[index], justify="right" if index else "left", no_wrap=True)
+    for row in table.rows:
+        printed.add_row(*(row[index] for index in shown))
+    console.print(printed)

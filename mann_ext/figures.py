@@ -12,10 +12,21 @@ from mann_ext.reporting import ordinal, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FIGURE = "accuracy.png"
 CURVES = {"1": "#9aa0a6", "2": "#d95f02", "5": "#1b9e77", "10": "#3b6fb6"}
 """Instances drawn as curves, and their colours."""
+
+
+def available() -> bool:
+    """Whether figures can be drawn; where matplotlib is missing, says so."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        print("no figure: matplotlib is missing (pip install 'mann_ext[figures]')")
+        return False
+    return True
 
 
 def draw_run(run_dir: Path) -> Path | None:
@@ -24,12 +35,11 @@ def draw_run(run_dir: Path) -> Path | None:
     Returns:
         The figure's path, or None, with a message, where matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figure: matplotlib is missing (pip install 'mann_ext[figures]')")
+    if not available():
         return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     records = read_metrics(run_dir)
     results = _results(run_dir)
     figure = Figure(figsize=(12, 5), layout="constrained", dpi=130)
@@ -39,11 +49,16 @@ def draw_run(run_dir: Path) -> Path | None:
     draw_curves(left, records, paper)
     draw_by_instance(right, results, records)
     path = run_dir / FIGURE
+    save(figure, path)
+    return path
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and say where."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     replace_file(path, picture.getvalue())
     print(f"figure: {path}")
-    return path
 
 
 def draw_curves(axes: Axes, records: list[dict[str, Any]], paper: dict[str, float]) -> None:

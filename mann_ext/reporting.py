@@ -10,13 +10,24 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-SHOWN_INSTANCES = (1, 2, 5, 10)
 PLAIN_LINE_SECONDS = 5.0
 """Least time between two plain lines, so that a quick run does not flood a log file."""
 
 METRICS = "metrics.jsonl"
+
+
+class Table(NamedTuple):
+    """A table of text; the first column says what each row is.
+
+    narrow: indices of the columns to show where there is no room for all; () shows all.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    narrow: tuple[int, ...] = ()
 
 
 class Reporter:
@@ -65,13 +76,12 @@ class Reporter:
         else:
             _print(text)
 
-    def training(self, record: Mapping[str, Any], fraction: float, seconds_left: float) -> None:
-        """Report the metrics of the last minibatches."""
+    def training(
+        self, record: Mapping[str, Any], summary: str, fraction: float, seconds_left: float
+    ) -> None:
+        """Report the metrics of the last minibatches, which ``summary`` tells in short."""
         self._write({"kind": "train", **record})
-        line = (
-            f"minibatch {record['step']:,}  loss {record['loss']:.3f}  "
-            f"{accuracies(record['accuracy'])}"
-        )
+        line = f"minibatch {record['step']:,}  loss {record['loss']:.3f}  {summary}"
         speed = f"{record['episodes_per_second']:,.0f} episodes/s  {clock(seconds_left)} left"
         if self._bar:
             self._bar.update(fraction, line, speed)
@@ -79,12 +89,10 @@ class Reporter:
             self._last_line = time.monotonic()
             _print(f"{100 * fraction:3.0f} %  {line}  {speed}")
 
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Report the accuracy on held-out classes."""
+    def evaluation(self, record: Mapping[str, Any], summary: str) -> None:
+        """Report the metrics on held-out episodes, which ``summary`` tells in short."""
         self._write({"kind": "eval", **record})
-        self.say(
-            f"minibatch {record['step']:,}  held-out classes  {accuracies(record['accuracy'])}"
-        )
+        self.say(f"minibatch {record['step']:,}  {summary}")
 
     def flushed_size(self) -> int:
         """Bytes in metrics.jsonl, all of them on the disk."""
@@ -133,16 +141,6 @@ class _Bar:
         self._live.console.print(text, highlight=False, markup=False)
 
 
-def accuracies(by_instance: Mapping[str, float]) -> str:
-    """The accuracies to watch, such as ``1st 35.1  2nd 82.9  5th 95.0  10th 97.3 %``."""
-    parts = [
-        f"{ordinal(number)} {100 * by_instance[str(number)]:.1f}"
-        for number in SHOWN_INSTANCES
-        if str(number) in by_instance
-    ]
-    return "  ".join(parts) + " %"
-
-
 def ordinal(number: int) -> str:
     """1st, 2nd, 3rd, 4th ..."""
     ending = {1: "st", 2: "nd", 3: "rd"}.get(number if number < 20 else number % 10, "th")
@@ -175,8 +173,14 @@ def _print(text: str) -> None:
 
 
 def _scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    scalars = [(k, v) for k, v in record.items() if isinstance(v, (int, float)) and k != "step"]
-    return scalars + [(f"accuracy/{k}", v) for k, v in record.get("accuracy", {}).items()]
+    scalars = []
+    for name, value in record.items():
+        if isinstance(value, (int, float)) and name != "step":
+            scalars.append((name, value))
+        elif isinstance(value, dict) and name != "half_width_95":
+            numbers = {k: v for k, v in value.items() if isinstance(v, (int, float))}
+            scalars += [(f"{name}/{k}", v) for k, v in numbers.items()]
+    return scalars
 
 
 def _has_rich() -> bool:

@@ -1,7 +1,7 @@
 """The training loop: schedule, logs, checkpoints, resuming, several processes, evaluation.
 
 A run lives in one folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, and at the end
-``results.json`` and ``accuracy.png``.
+``results.json`` and a figure. What is trained is a task's affair: see `mann_ext.experiments.task`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ from torch.nn.parallel import DistributedDataParallel
 from mann_ext import checkpoint, distributed, evaluation
 from mann_ext.checkpoint import CheckpointError
 from mann_ext.distributed import Processes
+from mann_ext.experiments import ExperimentConfig, saved_config
 from mann_ext.experiments.config import (
     ConfigError,
     OptimiserConfig,
     RunConfig,
     differences,
-    from_json,
     to_json,
 )
-from mann_ext.experiments.few_shot import FewShot, by_instance
-from mann_ext.experiments.santoro import INSTANCES, EvalOptions, SantoroConfig
+from mann_ext.experiments.santoro import EvalOptions
+from mann_ext.experiments.task import Task
 from mann_ext.reporting import Reporter
 
 CONFIG = "config.json"
 RESULTS = "results.json"
-FIGURE = "accuracy.png"
 CHECKPOINTS = "checkpoints"
 
 
@@ -64,8 +63,8 @@ class Outcome:
     signal: int | None = None
 
 
-def train(config: SantoroConfig, preset: str = "run", *, resume: bool = False) -> Outcome:
-    """Train a model, with everything that belongs to it, and evaluate it on held-out classes.
+def train(config: ExperimentConfig, preset: str = "run", *, resume: bool = False) -> Outcome:
+    """Train a model, with everything that belongs to it, and evaluate it on held-out episodes.
 
     SIGINT (Ctrl-C) and SIGTERM save a checkpoint and end the run; a second one ends it at once.
     Under ``torchrun`` every process trains on its own episodes and gradients are averaged.
@@ -91,7 +90,7 @@ def train(config: SantoroConfig, preset: str = "run", *, resume: bool = False) -
         distributed.leave(processes)
 
 
-def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processes) -> Outcome:
+def _train(config: ExperimentConfig, preset: str, resume: bool, processes: Processes) -> Outcome:
     run = config.run
     device = _device(run.device)
     if device.type == "cuda" and processes.count > 1:
@@ -115,13 +114,13 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
 
         if not processes.first:
             processes.share(None)  # the first process may have to download the data
-        task = FewShot(config, device, processes.rank)
+        task = config.task(device, processes.rank)
         if processes.first:
             processes.share(None)
         torch.manual_seed(run.seed)
         model = task.model()
         optimiser = build_optimiser(model, config.optimiser)
-        progress = Progress()
+        progress = Progress(totals=torch.zeros(2 + 2 * task.columns, dtype=torch.float64))
         if saved:
             checkpoint.load_weights(model, state["model"], saved)
             optimiser.load_state_dict(state["optimiser"])
@@ -158,17 +157,15 @@ def _train(config: SantoroConfig, preset: str, resume: bool, processes: Processe
     return _finish(task, model, progress, run_dir, preset, processes)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Progress:
     """How far a run is; saved with it."""
 
     step: int = 0
     seconds: float = 0.0
     """Time spent training, over all resumptions."""
-    totals: Tensor = dataclasses.field(
-        default_factory=lambda: torch.zeros(2 + 2 * INSTANCES, dtype=torch.float64)
-    )
-    """Since the last log line: losses, gradient norms, right predictions, showings."""
+    totals: Tensor
+    """Since the last log line: losses, gradient norms, and the metric's sums and counts."""
     metrics_size: int = 0
     threads: int = 0
 
@@ -177,7 +174,7 @@ class Progress:
 class Loop:
     """The minibatches of a run."""
 
-    task: FewShot
+    task: Task
     model: nn.Module
     optimiser: torch.optim.Optimizer
     progress: Progress
@@ -267,14 +264,15 @@ class Loop:
         if self.reporter is None:
             return
         average = 1.0 / (window * self.processes.count)
-        right, shown = tally[:INSTANCES], tally[INSTANCES:]
-        shares = [a / b if b else math.nan for a, b in zip(right, shown, strict=True)]
+        sums, counts = tally[: self.task.columns], tally[self.task.columns :]
+        means = [a / b if b else math.nan for a, b in zip(sums, counts, strict=True)]
+        metrics = self.task.metrics(means)
         per_minibatch = self.task.config.episodes.batch_size * self.processes.count
         record = {
             "step": self.progress.step,
             "episodes": self.progress.step * per_minibatch,
             "loss": loss * average,
-            "accuracy": by_instance(shares),
+            **metrics,
             "gradient_norm": norm * average,
             "learning_rate": rate,
             "seconds": round(self.progress.seconds, 3),
@@ -282,22 +280,22 @@ class Loop:
         }
         spent = self._spent()
         left = self.progress.seconds * (1 - spent) / spent if spent else 0.0
-        self.reporter.training(record, spent, left)
+        self.reporter.training(record, self.task.summary(metrics), spent, left)
 
     def _evaluate(self) -> None:
-        """Report the accuracy on held-out classes; the other processes wait at the next step."""
+        """Report the metrics on held-out episodes; the other processes wait at the next step."""
         if self.reporter is None:
             return
-        config = self.task.config
-        accuracy = self.task.held_out_accuracy(self.model, config.run.eval_episodes)
+        task, config = self.task, self.task.config
+        _, metrics = task.evaluate(self.model, config.run.eval_episodes)
         per_minibatch = config.episodes.batch_size * self.processes.count
         self.reporter.evaluation(
             {
                 "step": self.progress.step,
                 "episodes": self.progress.step * per_minibatch,
-                "accuracy": by_instance(accuracy.means()),
-                "half_width_95": by_instance(accuracy.half_widths()),
-            }
+                **metrics,
+            },
+            f"{task.held_out}  {task.summary(metrics)}",
         )
 
     def _save(self) -> None:
@@ -314,6 +312,7 @@ class Loop:
         self.progress.metrics_size = self.reporter.flushed_size()
         state = {
             "preset": self.preset,
+            "experiment": self.task.config.name,
             "config": to_json(self.task.config),
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -359,8 +358,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Op
 
 
 def load_run(
-    path: Path, config: SantoroConfig | None = None
-) -> tuple[FewShot, nn.Module, str, Progress]:
+    path: Path, config: ExperimentConfig | None = None
+) -> tuple[Task, nn.Module, str, Progress]:
     """The task, the trained model, its preset's name and how far it was trained.
 
     Args:
@@ -372,19 +371,23 @@ def load_run(
     """
     found = find_checkpoint(path)
     state = checkpoint.load(found)
-    config = config or from_json(SantoroConfig, state["config"], str(found))
-    task = FewShot(config, _device(config.run.device))
+    config = config or saved_config(state, str(found))
+    task = config.task(_device(config.run.device))
     model = task.model()
     checkpoint.load_weights(model, state["model"], found)
     return task, model.eval(), state["preset"], Progress(**state["progress"])
 
 
 def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
-    """Evaluate a trained model on held-out classes, print the table and return the results.
+    """Evaluate a trained model on held-out episodes, print the table and return the results.
 
     Args:
         path: a run's folder, or one of its checkpoints.
         options: what to change from the evaluation at the end of the training.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or of another model.
+        ConfigError: an option is not one of this experiment, or out of range.
     """
     changes = {name: value for name, value in vars(options).items() if value is not None}
     config, _ = load_config(path)
@@ -392,6 +395,10 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
         part: {name: value for name, value in changes.items() if hasattr(before, name)}
         for part, before in vars(config).items()
     }
+    known = {"episodes", "json"}.union(*parts.values())
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"{name}: {path} is a run of {config.name}, which has no such option")
     config = dataclasses.replace(
         config,
         **{
@@ -403,29 +410,27 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
     torch.set_num_threads(config.run.threads or cpus)
     task, model, preset, progress = load_run(path, config)
     torch.set_num_threads(config.run.threads or min(progress.threads or cpus, cpus))
-    started = time.perf_counter()
     results = evaluation.results(
-        task.held_out_accuracy(model, options.episodes),
-        config,
+        task,
+        model,
+        options.episodes,
         preset=preset,
-        data=task.data_name,
         step=progress.step,
         training_seconds=progress.seconds,
-        evaluation_seconds=time.perf_counter() - started,
     )
-    evaluation.publish(results, config, options.json)
+    evaluation.publish(results, task.table(results), options.json)
     return results
 
 
-def load_config(path: Path) -> tuple[SantoroConfig, str]:
+def load_config(path: Path) -> tuple[ExperimentConfig, str]:
     """The configuration of a run or checkpoint, and its preset's name."""
     file = path / CONFIG
     if not file.is_file():
         state = checkpoint.load(find_checkpoint(path))
-        return from_json(SantoroConfig, state["config"], str(path)), state["preset"]
+        return saved_config(state, str(path)), state["preset"]
     try:
         saved = json.loads(file.read_text())
-        return from_json(SantoroConfig, saved["config"], str(file)), saved["preset"]
+        return saved_config(saved, str(file)), saved["preset"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -456,7 +461,7 @@ def run_folder(run: RunConfig, preset: str, resume: bool) -> Path:
     return earlier[-1]
 
 
-def _threads(task: FewShot, model: nn.Module, processes: Processes) -> int:
+def _threads(task: Task, model: nn.Module, processes: Processes) -> int:
     """The number of CPU threads with which a minibatch is quickest, by trying a few.
 
     More are not always better: steps this small soon spend their time waiting for each other, above
@@ -485,47 +490,45 @@ def _threads(task: FewShot, model: nn.Module, processes: Processes) -> int:
 
 
 def _finish(
-    task: FewShot,
+    task: Task,
     model: nn.Module,
     progress: Progress,
     run_dir: Path,
     preset: str,
     processes: Processes,
 ) -> Outcome:
-    config = task.config
-    started = time.perf_counter()
+    run = task.config.run
     try:
-        accuracy = task.held_out_accuracy(model, config.run.final_episodes)
+        results = evaluation.results(
+            task,
+            model,
+            run.final_episodes,
+            preset=preset,
+            step=progress.step,
+            training_seconds=progress.seconds,
+            processes=processes.count,
+        )
     except KeyboardInterrupt:
         print(f"the training is complete and saved; evaluate it with\n  mann-ext eval {run_dir}")
         raise
-    results = evaluation.results(
-        accuracy,
-        config,
-        preset=preset,
-        data=task.data_name,
-        step=progress.step,
-        training_seconds=progress.seconds,
-        evaluation_seconds=time.perf_counter() - started,
-        processes=processes.count,
-    )
-    evaluation.publish(results, config, run_dir / RESULTS)
+    evaluation.publish(results, task.table(results), run_dir / RESULTS)
     print(f"results: {run_dir / RESULTS}")
-    if config.run.figure:
-        from mann_ext import figures
-
-        figures.draw_run(run_dir)
+    if run.figure:
+        task.draw(run_dir)
     return Outcome(run_dir, progress.step, results)
 
 
-def _config_json(config: SantoroConfig, preset: str) -> bytes:
-    return (json.dumps({"preset": preset, "config": to_json(config)}, indent=1) + "\n").encode()
+def _config_json(config: ExperimentConfig, preset: str) -> bytes:
+    saved = {"preset": preset, "experiment": config.name, "config": to_json(config)}
+    return (json.dumps(saved, indent=1) + "\n").encode()
 
 
 def _check_same_run(
-    state: dict[str, Any], config: SantoroConfig, processes: Processes, saved: Path
+    state: dict[str, Any], config: ExperimentConfig, processes: Processes, saved: Path
 ) -> None:
-    before = from_json(SantoroConfig, state["config"], str(saved))
+    before = saved_config(state, str(saved))
+    if type(before) is not type(config):
+        raise ConfigError(f"{saved} is a run of {before.name}, and this one is of {config.name}")
     changed = differences(before, config)
     if changed:
         raise ConfigError(

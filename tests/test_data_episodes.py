@@ -309,6 +309,39 @@ def test_a_seed_gives_the_same_batches_and_a_state_goes_on_bit_for_bit(glyphs, o
                 assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("labels", ["one_hot", "string"])
+def test_a_curriculum_grows_by_a_class_until_its_end(glyphs, labels):
+    growing = {"grow_every": 6, "ways_most": 4, "batch_size": 2, "labels": labels}
+    sampler = EpisodeSampler(glyphs, ways=2, seed=3, **growing)
+    states, batches = [], []
+    for _ in range(12):
+        states.append(sampler.state_dict())
+        batches.append(sampler.sample())
+    # Two episodes a batch: a class more after each three batches.
+    assert [len(batch.inputs) for batch in batches] == [20] * 3 + [30] * 3 + [40] * 6
+    width = 25 if labels == "string" else 4
+    for batch, ways in zip(batches, [2] * 3 + [3] * 3 + [4] * 6, strict=True):
+        assert batch.inputs.shape[2] == sampler.input_size == 400 + width, "the same throughout"
+        assert_consistent(batch, ways)
+        assert max(len(batch.classes[:, b].unique()) for b in range(2)) == ways
+    # A state goes on bit for bit, in the middle of the growth too.
+    other = EpisodeSampler(glyphs, ways=2, seed=9, **growing)
+    other.load_state_dict(states[4])
+    copied = pickle.loads(pickle.dumps(other))
+    for expected in batches[4:]:
+        for again in (other.sample(), copied.sample()):
+            for mine, theirs in zip(again, expected, strict=True):
+                assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="how many episodes were drawn"):
+        other.load_state_dict({"generator": states[0]["generator"]})
+
+
+def test_a_curriculum_keeps_a_length_that_is_given(glyphs):
+    sampler = EpisodeSampler(glyphs, ways=2, length=7, grow_every=1, ways_most=5, batch_size=1)
+    assert [len(sampler.sample().inputs) for _ in range(5)] == [7] * 5
+    assert sampler.ways == 5
+
+
 def test_samplers_leave_the_global_random_numbers_alone(glyphs):
     before = torch.get_rng_state()
     EpisodeSampler(glyphs, seed=1).sample()
@@ -356,6 +389,10 @@ def test_images_of_any_size_and_scale_are_scaled_alike():
         ({"length": 0}, "length of at least 1"),
         ({"batch_size": -1}, "batch_size of at least 1"),
         ({"labels": "words"}, "labels 'one_hot' or 'string', got 'words'"),
+        ({"grow_every": 5}, "grow_every=5 and ways_most=None"),
+        ({"ways_most": 9}, "grow_every=0 and ways_most=9"),
+        ({"grow_every": 5, "ways_most": 4}, "ways_most of at least ways=5"),
+        ({"grow_every": 5, "ways_most": 31}, "31-way episodes need as many classes, got 30"),
     ],
 )
 def test_bad_arguments_are_named(glyphs, options, message):

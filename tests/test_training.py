@@ -96,6 +96,22 @@ def test_a_run_stopped_between_log_lines_loses_nothing(finished: Path, tmp_path:
     assert metrics_of(tmp_path / "parts") == metrics_of(whole)
 
 
+def test_a_curriculum_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    growing = replace(TINY.episodes, ways=2, length=None, grow_every=16, ways_most=4)
+    for folder, parts in (("whole", (20,)), ("parts", (3, 11, 20))):
+        for minibatches in parts:
+            config = tiny(tmp_path / folder, minibatches=minibatches, final_episodes=8)
+            constant = replace(config.optimiser, schedule="constant")  # no share of the budget
+            config = replace(config, episodes=growing, optimiser=constant)
+            train(config, "tiny", resume=True)
+    assert_same_state(state_of(tmp_path / "parts"), state_of(tmp_path / "whole"))
+    assert state_of(tmp_path / "whole")["processes"][0]["sampler"]["drawn"] == 80
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["paper"] == {}, "the paper has no such table"
+    other = training.evaluate_run(tmp_path / "whole", EvalOptions(episodes=4))
+    assert other["config"]["episodes"]["ways_most"] == 4
+
+
 def test_training_learns_what_can_be_learned(tmp_path: Path) -> None:
     # One class an episode: its string has to be guessed once and can be repeated from then on.
     config = tiny(tmp_path, minibatches=200, log_every=50, eval_every=0, final_episodes=64)

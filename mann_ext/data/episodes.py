@@ -76,6 +76,8 @@ class EpisodeSampler:
         augment: shift, and turn by small angles; quarter turns are always drawn.
         seed: of the random numbers.
         device: where the bank is kept and batches are made.
+        grow_every: a curriculum: one class more after every so many episodes; 0: always ``ways``.
+        ways_most: classes an episode at which the curriculum ends.
 
     Raises:
         ValueError: an argument is out of range, or there are fewer classes than ways.
@@ -98,24 +100,34 @@ class EpisodeSampler:
         augment: bool = True,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        grow_every: int = 0,
+        ways_most: int | None = None,
     ) -> None:
-        length = 10 * ways if length is None else length
-        for name, value in (("ways", ways), ("length", length), ("batch_size", batch_size)):
-            if value < 1:
+        most = ways if ways_most is None else ways_most
+        sizes = {"ways": ways, "length": length, "batch_size": batch_size}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise ValueError(f"EpisodeSampler: expected {name} of at least 1, got {value}")
+        if grow_every < 0 or most < ways or (grow_every == 0) != (ways_most is None):
+            raise ValueError(
+                "EpisodeSampler: expected grow_every of at least 1 with ways_most of at least "
+                f"ways={ways}, or neither, got grow_every={grow_every} and ways_most={ways_most}"
+            )
         if labels not in ("one_hot", "string"):
             raise ValueError(
                 f"EpisodeSampler: expected labels 'one_hot' or 'string', got {labels!r}"
             )
-        if labels == "string" and ways > LETTERS**LETTERS:
-            raise ValueError(f"EpisodeSampler: {ways} ways, but only {LETTERS**LETTERS} strings")
+        if labels == "string" and most > LETTERS**LETTERS:
+            raise ValueError(f"EpisodeSampler: {most} ways, but only {LETTERS**LETTERS} strings")
         images, class_of = _images_and_classes(characters)
         numbers, counts = class_of.unique(return_counts=True)  # sorted
-        if len(numbers) < ways:
+        if len(numbers) < most:
             raise ValueError(
-                f"EpisodeSampler: {ways}-way episodes need as many classes, got {len(numbers)}"
+                f"EpisodeSampler: {most}-way episodes need as many classes, got {len(numbers)}"
             )
-        self.ways, self.length, self.batch_size = ways, length, batch_size
+        self.batch_size, self.grow_every, self.ways_most = batch_size, grow_every, most
+        self._first_ways, self._length = ways, length
+        self._drawn = 0  # episodes
         self.labels, self.augment = labels, augment
         self.device = torch.device(device)
         self._numbers, self._counts = numbers.to(self.device), counts.to(self.device)
@@ -127,9 +139,21 @@ class EpisodeSampler:
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     @property
+    def ways(self) -> int:
+        """N of the next batch."""
+        if not self.grow_every:
+            return self._first_ways
+        return min(self._first_ways + self._drawn // self.grow_every, self.ways_most)
+
+    @property
+    def length(self) -> int:
+        """T of the next batch."""
+        return 10 * self.ways if self._length is None else self._length
+
+    @property
     def label_size(self) -> int:
         """Numbers a label takes in the input."""
-        return LETTERS * LETTERS if self.labels == "string" else self.ways
+        return LETTERS * LETTERS if self.labels == "string" else self.ways_most
 
     @property
     def input_size(self) -> int:
@@ -138,7 +162,8 @@ class EpisodeSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coming batches depend on beside the arguments."""
-        return {"generator": self._generator.get_state()}
+        state: dict[str, Any] = {"generator": self._generator.get_state()}
+        return {**state, "drawn": self._drawn} if self.grow_every else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bit for bit, where the sampler that gave ``state`` was.
@@ -147,11 +172,14 @@ class EpisodeSampler:
             ValueError: ``state`` is not from a sampler on the same kind of device; this sampler
                 is as it was.
         """
-        generator = state.get("generator")
+        generator, drawn = state.get("generator"), state.get("drawn", 0)
         try:
             if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
                 raise ValueError("it has no state of random numbers")
+            if self.grow_every and "drawn" not in state:
+                raise ValueError("it does not say how many episodes were drawn")
             self._generator.set_state(generator.cpu())
+            self._drawn = drawn
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 "EpisodeSampler: expected the state_dict() of a sampler on a "
@@ -176,7 +204,7 @@ class EpisodeSampler:
         chosen = self._uniform(batch, len(self._numbers)).topk(ways).indices
         turns = self._integers(4, batch, ways)
         shown = self._integers(ways, steps, batch)  # which of the episode's classes
-        one_hot = F.one_hot(shown, ways)
+        one_hot = F.one_hot(shown, self.ways_most)
         instances = one_hot.cumsum(0).gather(2, shown.unsqueeze(-1)).squeeze(-1)
         orders = self._orders(chosen)
         row = torch.arange(batch, device=self.device)
@@ -188,6 +216,7 @@ class EpisodeSampler:
         targets, labels = self._labels(shown, one_hot)
         inputs[0, :, IMAGE_SIZE**2 :] = 0
         inputs[1:, :, IMAGE_SIZE**2 :] = labels[:-1]
+        self._drawn += batch
         return Episodes(inputs, targets, instances, self._numbers[classes])
 
     def _uniform(self, *shape: int) -> Tensor:

@@ -8,9 +8,14 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from mann_ext.experiments.task import Task
 
 ConfigT = TypeVar("ConfigT")
 
@@ -62,7 +67,7 @@ class RunConfig:
     log_every: int = 50
     """Minibatches between two lines of metrics; the only times the device is waited for."""
     eval_every: int = 1000
-    """Minibatches between two evaluations on held-out classes; 0 evaluates only at the end."""
+    """Minibatches between two held-out evaluations; 0 evaluates only at the end."""
     eval_episodes: int = 320
     final_episodes: int = 3200
     """Episodes of the evaluation at the end of the run; 0 leaves it out."""
@@ -80,7 +85,7 @@ class RunConfig:
     tensorboard: bool = True
     """Write TensorBoard logs, if it is installed."""
     figure: bool = True
-    """Draw accuracy.png at the end, if matplotlib is installed."""
+    """Draw the run's figure at the end, if matplotlib is installed."""
     run_dir: Path | None = None
     """Folder of the run. Default: runs/PRESET-DATE-TIME, so nothing is overwritten."""
 
@@ -95,6 +100,26 @@ class RunConfig:
             _at_least("max_minutes", self.max_minutes, 0.0)
         if self.minibatches is None and self.max_minutes is None:
             raise ConfigError("minibatches, max_minutes: expected at least one limit, got neither")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """A run of an experiment; each experiment has a subclass, with a model and episodes of its own.
+
+    Attributes:
+        name: of the experiment, kept in its runs' files.
+    """
+
+    name: ClassVar[str]
+    model: Any
+    episodes: Any
+    """Has at least a batch_size."""
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(minibatches=100_000))
+
+    def task(self, device: torch.device, rank: int = 0) -> Task:
+        """The task, for the process of this rank; only now is what it needs imported."""
+        raise NotImplementedError
 
 
 # Fields that may differ when a run is resumed: they change how long it runs, where, and what it
@@ -180,10 +205,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def differences(first: Any, second: Any) -> list[str]:
     """Fields in which two configurations differ, as ``name: FIRST, now SECOND``."""
     found = []
-    for field in dataclasses.fields(first):
-        old, new = getattr(first, field.name), getattr(second, field.name, None)
+    for item in dataclasses.fields(first):
+        old, new = getattr(first, item.name), getattr(second, item.name, None)
         if dataclasses.is_dataclass(old):
             found += differences(old, new)
-        elif old != new and field.name not in RESUME_MAY_CHANGE:
-            found.append(f"{field.name}: {old}, now {new}")
+        elif old != new and item.name not in RESUME_MAY_CHANGE:
+            found.append(f"{item.name}: {old}, now {new}")
     return found

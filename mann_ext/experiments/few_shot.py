@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,18 @@ from torch import Tensor, nn
 from mann_ext import data, models
 from mann_ext.data import Characters, Episodes, EpisodeSampler
 from mann_ext.experiments.config import ConfigError
-from mann_ext.experiments.santoro import INSTANCES, EpisodesConfig, ModelConfig, SantoroConfig
+from mann_ext.experiments.santoro import (
+    INSTANCES,
+    PAPER_INSTANCES,
+    EpisodesConfig,
+    ModelConfig,
+    SantoroConfig,
+    paper_name,
+    paper_rows,
+)
+from mann_ext.reporting import Table, ordinal
 
+SHOWN_INSTANCES = (1, 2, 5, 10)
 LETTERS = 5
 """A string label has five letters, each one of five."""
 TEST_SEED = 1_000_003
@@ -56,6 +68,14 @@ class Accuracy:
         variance *= self.episodes / (self.episodes - 1)
         return (1.959964 * variance.sqrt()).tolist()
 
+    def summary(self) -> dict[str, Any]:
+        """All of it for JSON: accuracy and half_width_95 by instance, and episodes."""
+        return {
+            "accuracy": by_instance(self.means()),
+            "half_width_95": by_instance(self.half_widths()),
+            "episodes": self.episodes,
+        }
+
 
 class FewShot:
     """The episodes and the computations of one configuration.
@@ -73,6 +93,9 @@ class FewShot:
         DataError: the data is missing or damaged.
     """
 
+    columns = INSTANCES
+    held_out = "held-out classes"
+
     def __init__(self, config: SantoroConfig, device: torch.device, rank: int = 0) -> None:
         self.config = config
         self.device = device
@@ -84,8 +107,14 @@ class FewShot:
             f"{characters.source}, {len(known.names):,} classes to train on and "
             f"{len(new.names):,} held out"
         )
-        self._make_training = partial(self._sampler, known, episodes.augment, seed + rank)
-        self._test_episodes = self._sampler(new, episodes.augment_test, seed + TEST_SEED)
+        self._make_training = partial(
+            self._sampler, known, seed + rank,
+            ways=episodes.ways, augment=episodes.augment,
+            grow_every=episodes.grow_every, ways_most=episodes.ways_most,
+        )  # fmt: skip
+        self._test_episodes = self._sampler(
+            new, seed + TEST_SEED, ways=episodes.test_ways, augment=episodes.augment_test
+        )
         self._test_start = self._test_episodes.state_dict()
 
     @cached_property
@@ -95,18 +124,17 @@ class FewShot:
         del self._make_training  # and with it the drawings in full size
         return sampler
 
-    def _sampler(self, characters: Characters, augment: bool, seed: int) -> EpisodeSampler:
+    def _sampler(self, characters: Characters, seed: int, **options: Any) -> EpisodeSampler:
         episodes = self.config.episodes
-        with _as_config_error():
+        with as_config_error():
             return EpisodeSampler(
                 characters,
-                ways=episodes.ways,
                 length=episodes.length,
                 batch_size=episodes.batch_size,
                 labels=episodes.labels,
-                augment=augment,
                 seed=seed,
                 device=self.device,
+                **options,
             )
 
     def model(self) -> nn.Module:
@@ -116,7 +144,7 @@ class FewShot:
             ConfigError: an argument of the model is out of range.
         """
         episodes = self._test_episodes
-        with _as_config_error():
+        with as_config_error():
             model = build_model(self.config.model, episodes.input_size, episodes.label_size)
         return model.to(self.device, self.dtype)
 
@@ -144,14 +172,76 @@ class FewShot:
         """Accuracy on at least ``episodes`` episodes of held-out classes, the same ones at every
         call."""
         model.eval()
-        self._test_episodes.load_state_dict(self._test_start)
-        counts = []
-        for _ in range(math.ceil(episodes / self.config.episodes.batch_size)):
-            batch = self._test_episodes.sample()
-            counts.append(count(self.logits(model, batch), batch))
+        batches = self.held_out_episodes(episodes)
+        counts = [count(self.logits(model, batch), batch) for batch in batches]
         model.train()
-        correct, shown = torch.cat(counts).double().cpu().unbind(1)
-        return Accuracy(correct, shown)
+        return accuracy(counts)
+
+    def held_out_episodes(self, episodes: int) -> Iterator[Episodes]:
+        """Minibatches of at least ``episodes`` episodes of held-out classes, the same at every
+        call."""
+        self._test_episodes.load_state_dict(self._test_start)
+        for _ in range(math.ceil(episodes / self.config.episodes.batch_size)):
+            yield self._test_episodes.sample()
+
+    def metrics(self, means: Sequence[float]) -> dict[str, Any]:
+        """Accuracy by instance."""
+        return {"accuracy": by_instance(means)}
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        """The accuracies to watch."""
+        return accuracies(metrics["accuracy"])
+
+    def evaluate(self, model: nn.Module, episodes: int) -> tuple[int, dict[str, Any]]:
+        """How many episodes, and `held_out_accuracy` with its confidence intervals."""
+        accuracy = self.held_out_accuracy(model, episodes)
+        widths = {"half_width_95": by_instance(accuracy.half_widths())}
+        return accuracy.episodes, {**self.metrics(accuracy.means()), **widths}
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        """The paper's accuracies in this setting."""
+        return {
+            "paper": {
+                name: dict(
+                    zip(map(str, PAPER_INSTANCES), (value / 100 for value in values), strict=True)
+                )
+                for name, values in paper_rows(self.config).items()
+            },
+            "paper_name": paper_name(self.config.model),
+        }
+
+    def table(self, results: dict[str, Any]) -> Table:
+        """The accuracies by instance beside the paper's."""
+        episodes, own = self.config.episodes, results["paper_name"]
+        title = (
+            f"Accuracy (%) by instance, {results['episodes']:,} episodes of held-out classes, "
+            f"{own} after {results['minibatches']:,} minibatches\n"
+            f"{episodes.test_ways} classes an episode, {episodes.labels.replace('_', '-')} labels, "
+            f"{results['data']}"
+        )
+        paper = {name: row for name, row in results["paper"].items() if name == own}
+        paper |= {name: row for name, row in results["paper"].items() if name != own}
+        shares = {"this run": results["accuracy"]}
+        shares |= {f"paper, {name}": row for name, row in paper.items()}
+        rows = {name: {k: f"{100 * v:.1f}" for k, v in row.items()} for name, row in shares.items()}
+        widths = {k: f"±{100 * v:.1f}" for k, v in results["half_width_95"].items()}
+        rows = {"this run": rows.pop("this run"), "  95 % interval": widths, **rows}
+        numbers = range(1, INSTANCES + 1)
+        return Table(
+            title,
+            ("", *map(ordinal, numbers)),
+            tuple(
+                (name, *(row.get(str(number), "") for number in numbers))
+                for name, row in rows.items()
+            ),
+            narrow=(0, *PAPER_INSTANCES),
+        )
+
+    def draw(self, run_dir: Path) -> None:
+        """Draw ``accuracy.png``."""
+        from mann_ext import figures
+
+        figures.draw_run(run_dir)
 
 
 def count(logits: Tensor, episodes: Episodes) -> Tensor:
@@ -160,13 +250,22 @@ def count(logits: Tensor, episodes: Episodes) -> Tensor:
     A string label is right when all its letters are. Later showings than INSTANCES are left out.
     """
     right = logits.argmax(-1) == episodes.targets
-    if right.dim() == 3:
-        right = right.all(-1)
-    column = (episodes.instances - 1).clamp_(max=INSTANCES).mT
-    counts = torch.zeros(column.shape[0], 2, INSTANCES + 1, device=logits.device)
+    return count_right(right.all(-1) if right.dim() == 3 else right, episodes.instances)
+
+
+def count_right(right: Tensor, instances: Tensor) -> Tensor:
+    """The same from whether each prediction was right, (T, B) bool, and instances (T, B)."""
+    column = (instances - 1).clamp_(max=INSTANCES).mT
+    counts = torch.zeros(column.shape[0], 2, INSTANCES + 1, device=right.device)
     counts[:, 0].scatter_add_(1, column, right.mT.float())
-    counts[:, 1].scatter_add_(1, column, torch.ones((), device=logits.device).expand_as(column))
+    counts[:, 1].scatter_add_(1, column, torch.ones((), device=right.device).expand_as(column))
     return counts[..., :INSTANCES]
+
+
+def accuracy(counts: Sequence[Tensor]) -> Accuracy:
+    """Of several minibatches, as `count` gives them."""
+    correct, shown = torch.cat(list(counts)).double().cpu().unbind(1)
+    return Accuracy(correct, shown)
 
 
 def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Module:
@@ -203,7 +302,7 @@ def load_data(config: EpisodesConfig) -> Characters:
 
 
 @contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
+def as_config_error() -> Iterator[None]:
     """Arguments that a constructor refuses came from the configuration."""
     try:
         yield
@@ -214,3 +313,13 @@ def _as_config_error() -> Iterator[None]:
 def by_instance(values: Sequence[float]) -> dict[str, float]:
     """Numbers by instance, under the instance's number, without those that are missing."""
     return {str(index + 1): value for index, value in enumerate(values) if not math.isnan(value)}
+
+
+def accuracies(by_instance: Mapping[str, float]) -> str:
+    """The accuracies to watch, such as ``1st 35.1  2nd 82.9  5th 95.0  10th 97.3 %``."""
+    parts = [
+        f"{ordinal(number)} {100 * by_instance[str(number)]:.1f}"
+        for number in SHOWN_INSTANCES
+        if str(number) in by_instance
+    ]
+    return "  ".join(parts) + " %"

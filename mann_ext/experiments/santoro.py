@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mann_ext.experiments.config import ConfigError, OptimiserConfig, RunConfig
+from mann_ext.experiments.config import ConfigError, ExperimentConfig, OptimiserConfig, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from mann_ext.experiments.few_shot import FewShot
 
 INSTANCES = 10
 """Accuracy is reported for the 1st to the 10th time an episode shows a class."""
@@ -69,8 +74,26 @@ class EpisodesConfig:
     """Rotate and shift the training images a little, as the paper does."""
     augment_test: bool = False
     """The same for the held-out images. (Quarter turns make other classes, in both.)"""
+    grow_every: int = 0
+    """A curriculum: one class more after every so many training episodes (of each process)."""
+    ways_most: int | None = None
+    """Where the curriculum ends; held-out episodes have so many classes from the start."""
+
+    @property
+    def test_ways(self) -> int:
+        """Classes of a held-out episode."""
+        return self.ways if self.ways_most is None else self.ways_most
 
     def __post_init__(self) -> None:
+        if self.grow_every < 0 or (self.grow_every == 0) != (self.ways_most is None):
+            raise ConfigError(
+                "grow_every, ways_most: expected both for a curriculum, or 0 and None, got "
+                f"{self.grow_every} and {self.ways_most}"
+            )
+        if self.test_ways < self.ways:
+            raise ConfigError(
+                f"ways_most: expected at least ways, {self.ways}, got {self.ways_most}"
+            )
         for name in ("ways", "batch_size", "synthetic_classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -79,24 +102,30 @@ class EpisodesConfig:
 
 
 @dataclass(frozen=True)
-class SantoroConfig:
+class SantoroConfig(ExperimentConfig):
     """A run of the paper's classification task."""
 
+    name: ClassVar[str] = "few-shot"
     model: ModelConfig = field(default_factory=ModelConfig)
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    run: RunConfig = field(default_factory=lambda: RunConfig(minibatches=100_000))
+
+    def task(self, device: torch.device, rank: int = 0) -> FewShot:
+        from mann_ext.experiments.few_shot import FewShot
+
+        return FewShot(self, device, rank)
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Evaluate a trained model on episodes of held-out classes."""
+    """Evaluate a trained model on held-out episodes."""
 
     episodes: int = 3200
     """Least number of episodes."""
     batch_size: int | None = None
     ways: int | None = None
     """Classes an episode; only models of string labels know more than they were trained with."""
+    ways_most: int | None = None
+    """The same, for models trained with a curriculum."""
     length: int | None = None
     """Steps an episode."""
     num_slots: int | None = None
@@ -219,4 +248,5 @@ def paper_name(model: ModelConfig) -> str:
 
 def paper_rows(config: SantoroConfig) -> dict[str, tuple[float, ...]]:
     """The paper's accuracies in this setting, by model; empty where it reports none."""
-    return PAPER_ACCURACY.get((config.episodes.labels, config.episodes.ways), {})
+    episodes = config.episodes
+    return {} if episodes.grow_every else PAPER_ACCURACY.get((episodes.labels, episodes.ways), {})
