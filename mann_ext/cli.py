@@ -1,4 +1,4 @@
-"""The command line: ``mann-ext train``, ``mann-ext eval`` and ``mann-ext info``.
+"""The command line: ``mann-ext train``, ``eval``, ``inspect`` and ``info``.
 
 Nothing heavy is imported before it is needed, so that help and mistakes are answered at once.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mann_ext.experiments import PRESETS, SantoroConfig, preset
-from mann_ext.experiments.santoro import EvalOptions
+from mann_ext.experiments.santoro import EvalOptions, InspectOptions
 from mann_ext.reporting import silence_output
 
 USAGE = """\
@@ -21,6 +21,7 @@ usage: mann-ext COMMAND ...
 
   train PRESET [--FIELD VALUE ...] [--resume]   train and evaluate a model
   eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out classes
+  inspect RUN [--FIELD VALUE ...]               show what a model's memory did in an episode
   info                                          print versions and how the operators were built
 
 mann-ext COMMAND --help says more.
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "inspect": _inspect,
         "info": _info,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -136,6 +138,24 @@ def _eval(words: list[str]) -> int:
     from mann_ext.training import evaluate_run
 
     evaluate_run(path, options)
+    return 0
+
+
+def _inspect(words: list[str]) -> int:
+    tyro = _tyro()
+    if not words:
+        raise UsageError("inspect: expected a run's folder, a checkpoint or a pretrained model")
+    if words[0] in ("-h", "--help"):
+        print("usage: mann-ext inspect RUN [--FIELD VALUE ...]\n")
+        print("RUN: a run's folder, a checkpoint, or a pretrained model, such as omniglot-5way")
+    else:
+        path, words = Path(words[0]), words[1:]
+    options = tyro.cli(
+        InspectOptions, args=words, prog="mann-ext inspect RUN", description=InspectOptions.__doc__
+    )
+    from mann_ext.inspection import inspect_run
+
+    inspect_run(path, options)
     return 0
 
 
