@@ -35,8 +35,8 @@ MOST_ROWS = 256
 """Rows that a heat map of slots has at most; more slots share rows."""
 MOST_BYTES = 2_000_000
 """Bytes of all heat maps of a page; base64 makes them a third longer."""
-MOST_READ = 8
-"""Slots that the page lists at a step: those read most."""
+MOST_SOURCES = 6
+"""Steps whose slots the page lists at a step: those read most."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,24 @@ class TracedEpisode:
             weight = torch.maximum(new, weight)
             steps.append(step)
         return torch.stack(steps)
+
+    def sources(self) -> list[list[tuple[int, float, list[int]]]]:
+        """What every step read, by the step it was stored at (-1: nothing stored), most first: that
+        step, its share of the read weights, and the slots of it that were read most."""
+        total = self.trace.read_weights.sum(1)
+        total = total / total.sum(1, keepdim=True)
+        found = []
+        for weights, stored in zip(total, self.stored(), strict=True):
+            shares = weights.new_zeros(self.steps + 1).index_add_(0, stored + 1, weights)
+            steps = shares.topk(min(MOST_SOURCES, int((shares > 0).sum()))).indices - 1
+            each = []
+            for step in steps.tolist():
+                own = torch.where(stored == step, weights, -1.0)
+                count = min(self.trace.slots.shape[-1], int((stored == step).sum()))
+                slots = sorted(own.topk(count).indices.tolist())
+                each.append((step, round(float(shares[step + 1]), 4), slots))
+            found.append(each)
+        return found
 
 
 class SlotRows:
@@ -253,7 +271,6 @@ def write_page(episode: TracedEpisode, path: Path, slots: SlotOrder = "index") -
     ]
     memory = rows.memory(trace.memory.float())
     bound = float(memory.nan_to_num().abs().max()) or 1.0
-    weights, most_read = trace.read_weights.sum(1).topk(min(MOST_READ, trace.usage.shape[-1]))
     row_of = rows.row_of()
     values = {
         "steps": episode.steps,
@@ -270,9 +287,7 @@ def write_page(episode: TracedEpisode, path: Path, slots: SlotOrder = "index") -
         "confidence": _rounded(episode.confidence),
         "gates": _rounded(trace.gates),
         "strengths": _rounded(trace.strengths),
-        "mostRead": most_read.tolist(),
-        "mostReadWeights": _rounded(weights),
-        "mostReadStored": episode.stored().gather(1, most_read).tolist(),
+        "sources": episode.sources(),
         "headSlots": trace.read_weights.argmax(-1).tolist(),
         "headWeights": _rounded(trace.read_weights.amax(-1)),
         "writtenRows": row_of[trace.slots].tolist(),
