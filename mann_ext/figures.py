@@ -189,23 +189,25 @@ def draw_episode(
 def draw_images(axes: Axes, episode: TracedEpisode) -> None:
     """The images in order, each with its true label, ✓ or ✗, and the answer where it is wrong."""
     gap = 1.5
+    answers = all(len(answer) < 3 for answer in episode.predictions)  # else no room
     tops = []
-    for t, image in enumerate(episode.images):
+    for t, image in enumerate(episode.images.numpy()):
         row, column = divmod(t, IMAGES_A_ROW)
         left, top = column * 1.15, row * gap
         axes.imshow(image, cmap="gray_r", vmin=0, vmax=1, extent=(left, left + 1, top + 1, top))
         label, answer = episode.labels[t], episode.predictions[t]
         text, colour = (f"{label} ✓", "#1a7f37") if label == answer else (f"{label} ✗", "#b3261e")
-        if label != answer and len(answer) < 3:
+        if label != answer and answers:
             text += answer
-        size = 7 if len(label) < 3 else 4.5
+        size = 7 if answers else 5
         axes.text(left + 0.5, top + 1.25, text, size=size, color=colour, ha="center", va="center")
         tops.append(top)
     columns = min(episode.steps, IMAGES_A_ROW)
     axes.set(xlim=(-0.1, columns * 1.15), ylim=(max(tops) + gap, -0.1), aspect="equal")
     axes.axis("off")
     axes.set_title(
-        "Images in order: label, ✓ right or ✗ wrong and what was answered instead", fontsize=9
+        "Images in order, each with its label: ✓ right, ✗ wrong" + ", and the answer" * answers,
+        fontsize=9,
     )
 
 
@@ -214,11 +216,11 @@ def draw_slots(
 ) -> None:
     """A heat map of (T, rows), steps to the right and slots down."""
     picture = axes.imshow(
-        values.T, cmap="viridis", vmin=0, vmax=largest or float(values.max()) or 1.0,
+        values.T.numpy(), cmap="viridis", vmin=0, vmax=largest or float(values.max()) or 1.0,
         extent=(-0.5, len(values) - 0.5, rows.count * rows.size - 0.5, -0.5),
         aspect="auto", interpolation="nearest",
     )  # fmt: skip
-    axes.set(xlabel="step", ylabel=rows.label)
+    axes.set(xlabel="step", ylabel=_slot_label(rows))
     axes.set_title(title, fontsize=10)
     axes.figure.colorbar(picture, ax=axes, pad=0.01)
 
@@ -228,13 +230,17 @@ def draw_memory(axes: Axes, memory: Tensor, rows: SlotRows, step: int) -> None:
     values = rows.memory(memory)
     bound = float(values.abs().max()) or 1.0
     picture = axes.imshow(
-        values, cmap="RdBu_r", vmin=-bound, vmax=bound,
+        values.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound,
         extent=(-0.5, values.shape[1] - 0.5, rows.count * rows.size - 0.5, -0.5),
         aspect="auto", interpolation="nearest",
     )  # fmt: skip
-    axes.set(xlabel="column", ylabel=rows.label)
+    axes.set(xlabel="column", ylabel=_slot_label(rows))
     axes.set_title(f"Memory after step {step}", fontsize=10)
     axes.figure.colorbar(picture, ax=axes, pad=0.01)
+
+
+def _slot_label(rows: SlotRows) -> str:
+    return rows.label + (f"; {rows.size} a row" if rows.size > 1 else "")
 
 
 def _results(run_dir: Path) -> dict[str, Any]:

@@ -73,24 +73,26 @@ class TracedEpisode:
         return [a == b for a, b in zip(self.labels, self.predictions, strict=True)]
 
     def stored(self) -> Tensor:
-        """The step whose image each slot holds, after each step, (T, N) int64; -1: none.
-
-        Of the steps since the slot was last erased, the one that wrote there with most weight.
+        """The step whose image each slot holds, after each step, (T, N) int64: of those since the
+        slot was last erased, the one that wrote there with most weight; -1: it was never erased.
         """
         written = self.trace.write_weights.sum(1)
         weight = torch.zeros_like(written[0])
         step = torch.full_like(weight, -1, dtype=torch.long)
+        erased = torch.zeros_like(weight, dtype=torch.bool)
         steps = []
         for t, (new, slots) in enumerate(zip(written, self.trace.slots, strict=True)):
-            weight, step = weight.index_fill(0, slots, 0.0), step.index_fill(0, slots, -1)
-            step = torch.where(new > weight, t, step)
+            # Without its erasure a slot gets crumbs of every step, in proportion to what was read.
+            erased = erased.index_fill(0, slots, True)
+            weight = weight.index_fill(0, slots, -1.0)
+            step = torch.where(erased & (new > weight), t, step)
             weight = torch.maximum(new, weight)
             steps.append(step)
         return torch.stack(steps)
 
     def sources(self) -> list[list[tuple[int, float, list[int]]]]:
-        """What every step read, by the step it was stored at (-1: nothing stored), most first: that
-        step, its share of the read weights, and the slots of it that were read most."""
+        """What every step read, by the step that stored it (see `stored`), most first: that step,
+        its share of the read weights of all heads, and those of its slots that were read most."""
         total = self.trace.read_weights.sum(1)
         total = total / total.sum(1, keepdim=True)
         found = []
@@ -136,8 +138,7 @@ class SlotRows:
     @property
     def label(self) -> str:
         """Of the slots' axis."""
-        name = "slot, in order of first write" if self.by_first_write else "slot"
-        return name if self.size == 1 else f"{name}; {self.size} a row"
+        return "slot, by first write" if self.by_first_write else "slot"
 
     @property
     def slots(self) -> list[int]:
@@ -300,11 +301,12 @@ def write_page(episode: TracedEpisode, path: Path, slots: SlotOrder = "index") -
         for number, each in enumerate(maps)
     ]
     right = sum(episode.right)
+    shared = f" Every row of a map shows {rows.size} slots." if rows.size > 1 else ""
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(episode.title),
         summary=html.escape(
             f"{right} of {episode.steps} predictions are right. {trace.usage.shape[-1]} slots of "
-            f"{width} numbers, {heads} read heads."
+            f"{width} numbers, {heads} read head{'s' * (heads > 1)}.{shared}"
         ),
         last=episode.steps - 1,
         images="\n".join(_list_items(episode)),
