@@ -174,11 +174,13 @@ def inspect_run(run: Path, options: InspectOptions) -> Path:
 
     Raises:
         CheckpointError: there is no such run or pretrained model.
-        ConfigError: the model has no memory, the episode is out of range, or pillow is missing.
+        ConfigError: the model has no memory, an option is out of range, or pillow is missing.
         DataError: the data is missing or damaged.
     """
     if options.num_slots is not None and options.num_slots < 1:
         raise ConfigError(f"num_slots: expected at least 1, got {options.num_slots}")
+    if options.out is not None and options.out.suffix not in (".html", ".htm"):
+        raise ConfigError(f"out: expected the name of a page, FILE.html, got {options.out}")
     task, model, name = _load(run)
     if not isinstance(model, MANN):
         raise ConfigError(
@@ -188,9 +190,11 @@ def inspect_run(run: Path, options: InspectOptions) -> Path:
     if options.num_slots is not None:
         model.memory.num_slots = options.num_slots
     episode = trace_episode(task, model, options.episode, name)
-    in_run = (run / CONFIG).is_file()
-    stem = f"episode-{options.episode}" if in_run else f"{run.name}-episode-{options.episode}"
-    page = options.out or (run if in_run else Path()) / f"{stem}.html"
+    if (run / CONFIG).is_file():
+        page = run / f"episode-{options.episode}.html"
+    else:
+        page = Path(f"{run.resolve().name}-episode-{options.episode}.html")
+    page = options.out or page
     write_page(episode, page, options.slots)
     from mann_ext import figures
 
@@ -258,7 +262,7 @@ def write_page(episode: TracedEpisode, path: Path, slots: SlotOrder = "index") -
     most = MOST_BYTES // (episode.steps * (width + heads + 3))
     rows = SlotRows(trace, slots, min(most, MOST_ROWS))
     reads = rows.weights(trace.read_weights)
-    largest_read = float(reads.max())
+    largest_read = float(reads.nan_to_num().max())
     maps = [
         _map("Usage", "largest where a slot was read or written lately", rows.weights(trace.usage)),
         _map("Write weights, sum of heads", "where each step wrote",

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import os
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -241,6 +242,13 @@ def test_a_title_cannot_break_the_page(episode, tmp_path):
     assert page.data["names"][0] == "</script>"
 
 
+def test_without_pillow_the_page_says_so(episode, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ConfigError, match=r"needs pillow: pip install 'mann_ext\[data\]'"):
+        write_page(episode, tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_large_memory_makes_a_small_page(tmp_path):
     task, model = task_and_model(ways=5, length=120)
     model.memory.num_slots = 5000
@@ -314,6 +322,7 @@ def test_a_run_and_a_checkpoint_are_inspected(tmp_path, monkeypatch, capsys):
         (["run", "--episode", "40"], "episode: expected 0 to 39"),
         (["run", "--num-slots", "0"], "num_slots: expected at least 1"),
         (["run", "--out", "not/there.html"], "No such file"),
+        (["run", "--out", "there.png"], "out: expected the name of a page, FILE.html"),
         (["nowhere"], "no run or checkpoint at nowhere, nor a pretrained model of that name"),
         ([], "inspect: expected a run's folder"),
     ]:

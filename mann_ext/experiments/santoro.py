@@ -122,7 +122,8 @@ class InspectOptions:
     episode: int = 0
     """Which of the episodes of the evaluation at the end of the training, from 0."""
     out: Path | None = None
-    """The page, FILE.html; the figure goes beside it, FILE.png. By default in the run's folder."""
+    """The page, FILE.html; the figure goes beside it, FILE.png. By default in the run's folder,
+    else here."""
     slots: SlotOrder = "index"
     """Order of the slots in the heat maps."""
     num_slots: int | None = None
