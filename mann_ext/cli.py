@@ -1,4 +1,4 @@
-"""The command line: ``mann-ext train``, ``eval``, ``reproduce`` and ``info``.
+"""The command line: ``mann-ext train``, ``eval``, ``inspect``, ``reproduce`` and ``info``.
 
 Nothing heavy is imported before it is needed, so that help and mistakes are answered at once.
 """
@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from mann_ext.experiments import PRESETS, ExperimentConfig, preset
 from mann_ext.experiments.reproduction import ReproduceOptions
-from mann_ext.experiments.santoro import EvalOptions
+from mann_ext.experiments.santoro import EvalOptions, InspectOptions
 from mann_ext.reporting import silence_output
 
 USAGE = """\
@@ -22,6 +22,7 @@ usage: mann-ext COMMAND ...
 
   train PRESET [--FIELD VALUE ...] [--resume]   train and evaluate a model
   eval RUN [--FIELD VALUE ...]                  evaluate a trained model on held-out episodes
+  inspect RUN [--FIELD VALUE ...]               show what a model's memory did in an episode
   reproduce NAME [--FIELD VALUE ...]            a paper's table or figure; --list says which
   info                                          print versions and how the operators were built
 
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "inspect": _inspect,
         "reproduce": _reproduce,
         "info": _info,
     }
@@ -173,6 +175,24 @@ def _reproduce(words: list[str]) -> int:
     )
     stopped_by = reproduce(entry, options)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _inspect(words: list[str]) -> int:
+    tyro = _tyro()
+    if not words:
+        raise UsageError("inspect: expected a run's folder, a checkpoint or a pretrained model")
+    if words[0] in ("-h", "--help"):
+        print("usage: mann-ext inspect RUN [--FIELD VALUE ...]\n")
+        print("RUN: a run's folder, a checkpoint, or a pretrained model, such as omniglot-5way")
+    else:
+        path, words = Path(words[0]), words[1:]
+    options = tyro.cli(
+        InspectOptions, args=words, prog="mann-ext inspect RUN", description=InspectOptions.__doc__
+    )
+    from mann_ext.inspection import inspect_run
+
+    inspect_run(path, options)
+    return 0
 
 
 def _info(words: list[str]) -> int:

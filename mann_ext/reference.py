@@ -26,6 +26,7 @@ __all__ = [
     "lrua_scan",
     "lrua_step",
     "lrua_trace",
+    "write_weights",
 ]
 
 
@@ -67,6 +68,19 @@ def least_used_slots(usage: Tensor, count: int) -> Tensor:
     return torch.sort(usage.detach(), dim=-1, stable=True).indices[..., :count]
 
 
+def write_weights(read_weights: Tensor, gates: Tensor, slots: Tensor, least_used: str) -> Tensor:
+    """w_w = g w_r,{t-1} + (1 - g) lu (eqs. 6, 22), (B, R, N), from ``read_weights`` of the step
+    before, ``gates`` (B, R) and the least-used ``slots`` (B, n)."""
+    heads, num_slots = read_weights.shape[-2:]
+    one_hot = torch.nn.functional.one_hot(slots, num_slots).to(read_weights.dtype)  # (B, n, N)
+    if least_used == "shared":
+        least = one_hot.sum(1, keepdim=True).expand_as(read_weights)
+    else:
+        least = one_hot[:, torch.arange(heads, device=slots.device) % slots.shape[-1]]
+    gate = gates.unsqueeze(-1)
+    return gate * read_weights + (1 - gate) * least
+
+
 def fresh_state(
     batch: int,
     heads: int,
@@ -101,26 +115,19 @@ def _step(
     slots: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, num_slots = read_weights.shape[-2:]
-    chosen = min(heads, num_slots)
     contents = keys if contents is None else contents
 
     # 1. The n least-used slots, from the previous usage.
     if slots is None:
-        slots = least_used_slots(usage, chosen)
-    one_hot = torch.nn.functional.one_hot(slots, num_slots).to(keys.dtype)  # (B, n, N)
+        slots = least_used_slots(usage, min(heads, num_slots))
 
     # 2. Write weights: w_w = g w_r,{t-1} + (1 - g) lu (eqs. 6, 22).
-    if least_used == "shared":
-        least = one_hot.sum(1, keepdim=True).expand_as(read_weights)
-    else:
-        least = one_hot[:, torch.arange(heads, device=slots.device) % chosen]
-    gate = gates.unsqueeze(-1)
-    write_weights = gate * read_weights + (1 - gate) * least
+    written = write_weights(read_weights, gates, slots, least_used)
 
     # 3. Erase those slots, 4. and write: M = erased(M) + sum_r w_w,r a_r^T (eq. 7).
-    erased = one_hot.sum(1).bool().unsqueeze(-1)
+    erased = torch.nn.functional.one_hot(slots, num_slots).sum(1).bool().unsqueeze(-1)
     kept = memory.to(keys.dtype).masked_fill(erased, 0.0)
-    memory = (kept + write_weights.transpose(1, 2) @ contents).to(memory.dtype)
+    memory = (kept + written.transpose(1, 2) @ contents).to(memory.dtype)
     stored = memory.to(keys.dtype)
 
     # 5. Address: w_r = softmax(beta K(k, M)) (eqs. 2, 3).
@@ -133,8 +140,8 @@ def _step(
     reads = read_weights @ stored
 
     # 7. Usage: u = gamma u + sum_r (w_r + w_w) (eq. 20). No gradient.
-    usage = usage_decay * usage.detach() + (read_weights + write_weights).detach().sum(1)
-    return reads, memory, read_weights, usage, slots, write_weights
+    usage = usage_decay * usage.detach() + (read_weights + written).detach().sum(1)
+    return reads, memory, read_weights, usage, slots, written
 
 
 def lrua_step(
@@ -187,7 +194,7 @@ def _scan(
             memory = torch.where(again, fresh[0], memory)
             read_weights = torch.where(again, fresh[1], read_weights)
             usage = torch.where(again.squeeze(-1), fresh[2], usage)
-        read, memory, read_weights, usage, used, write_weights = _step(
+        read, memory, read_weights, usage, used, written = _step(
             memory, read_weights, usage, keys[t], gates[t],
             None if strengths is None else strengths[t],
             None if contents is None else contents[t],
@@ -196,7 +203,7 @@ def _scan(
         reads.append(read)
         chosen.append(used)
         if trace is not None:
-            trace.append((read_weights, write_weights, usage, used, memory))
+            trace.append((read_weights, written, usage, used, memory))
     count = min(heads, num_slots)
     if steps == 0:
         no_slots = torch.zeros((0, batch, count), dtype=torch.long, device=keys.device)

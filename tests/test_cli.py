@@ -173,7 +173,7 @@ def test_every_preset_parses(name: str, capsys: pytest.CaptureFixture[str]) -> N
     ("words", "message"),
     [
         ([], "usage"),
-        (["trian"], "unknown command 'trian'; expected train, eval, reproduce, info"),
+        (["trian"], "unknown command 'trian'; expected train, eval, inspect, reproduce, info"),
         (["train"], "presets"),
         (["train", "dmeo"], "unknown preset 'dmeo'; expected one of demo"),
         (["train", "demo", "--wayz", "5"], "--ways"),

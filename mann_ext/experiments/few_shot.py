@@ -26,6 +26,7 @@ from mann_ext.experiments.santoro import (
     paper_name,
     paper_rows,
 )
+from mann_ext.memory import LRUAMemoryTrace
 from mann_ext.reporting import Table, ordinal
 
 SHOWN_INSTANCES = (1, 2, 5, 10)
@@ -160,12 +161,36 @@ class FewShot:
     def logits(self, model: nn.Module, episodes: Episodes) -> Tensor:
         """Scores of the labels (T, B, N), or of the letters (T, B, 5, 5), from an empty memory;
         float32 or wider."""
+        return self._run(model, episodes)[0]
+
+    def trace(self, model: models.MANN, episodes: Episodes) -> tuple[Tensor, LRUAMemoryTrace]:
+        """`logits`, and what the memory did at every step."""
+        logits, _, trace = self._run(model, episodes, return_trace=True)
+        return logits, trace
+
+    def _run(self, model: nn.Module, episodes: Episodes, **options: bool) -> tuple[Any, ...]:
         inputs = episodes.inputs.to(self.dtype)
         autocast = self.config.run.autocast != "none"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            logits: Tensor = model(inputs)[0]
+            logits, *others = model(inputs, **options)
         logits = logits.float() if autocast else logits
-        return logits.unflatten(-1, (LETTERS, -1)) if episodes.targets.dim() == 3 else logits
+        if episodes.targets.dim() == 3:
+            logits = logits.unflatten(-1, (LETTERS, -1))
+        return logits, *others
+
+    @property
+    def held_out_count(self) -> int:
+        """How many episodes the evaluation after the training counts; a minibatch at least."""
+        batch = self.config.episodes.batch_size
+        return max(1, math.ceil(self.config.run.final_episodes / batch)) * batch
+
+    def held_out_episode(self, index: int) -> Episodes:
+        """Episode ``index``, from 0, of those that `held_out_accuracy` counts: a batch of one."""
+        skipped, column = divmod(index, self.config.episodes.batch_size)
+        self._test_episodes.load_state_dict(self._test_start)
+        for _ in range(skipped):
+            self._test_episodes.sample()
+        return Episodes(*(part[:, column, None] for part in self._test_episodes.sample()))
 
     @torch.inference_mode()
     def held_out_accuracy(self, model: nn.Module, episodes: int) -> Accuracy:

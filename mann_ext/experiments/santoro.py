@@ -141,6 +141,24 @@ class EvalOptions:
     """Write the results to this file too."""
 
 
+SlotOrder = Literal["index", "first-write"]
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Show what a trained model's memory did in one episode of held-out classes."""
+
+    episode: int = 0
+    """Which of the episodes of the evaluation at the end of the training, from 0."""
+    out: Path | None = None
+    """The page, FILE.html; the figure goes beside it, FILE.png. By default in the run's folder,
+    else here."""
+    slots: SlotOrder = "index"
+    """Order of the slots in the heat maps."""
+    num_slots: int | None = None
+    """Memory slots; any number fits a trained model."""
+
+
 # The demo: a MANN that passes the paper's accuracy at the 2nd instance in a few minutes on a CPU.
 DEMO = SantoroConfig(
     model=ModelConfig(

@@ -36,6 +36,14 @@ def check_input(
         )
 
 
+def check_traceable(module: str, x: Tensor) -> None:
+    if x.shape[0] == 0:
+        raise ValueError(
+            f"{module}: return_trace needs at least one step, got x with none; leave it out for "
+            "an empty sequence"
+        )
+
+
 def check_reset_mask(module: str, reset_mask: Tensor | None, x: Tensor) -> None:
     if reset_mask is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from mann_ext.memory import _inputs
 from mann_ext.ops._common import MEMORY_DTYPES
 from mann_ext.ops.lrua import LeastUsed
 
-__all__ = ["LRUAMemory", "LRUAState", "LearnStrength"]
+__all__ = ["LRUAMemory", "LRUAMemoryTrace", "LRUAState", "LearnStrength"]
 
 LearnStrength = Literal["no", "per_head", "per_step"]
 
@@ -31,7 +31,30 @@ class LRUAState(NamedTuple):
         return LRUAState(*(part.detach() for part in self))
 
 
-torch.serialization.add_safe_globals([LRUAState])
+class LRUAMemoryTrace(NamedTuple):
+    """What every step of a call did to the memory, for analysis and figures; no gradient.
+
+    Laid out as the call's x: (T, B, ...), (B, T, ...) with ``batch_first``, (T, ...) unbatched.
+
+    read_weights, write_weights: (T, B, R, N), the step's own w_r and w_w (eqs. 3 and 22).
+    usage: (T, B, N) and memory (T, B, N, W), after the step.
+    slots: (T, B, n) int64, the n = min(R, N) least-used slots, which the step erased and wrote.
+    keys: (T, B, R, W); contents (T, B, R, W), what was written: the keys, if not learnt apart.
+    gates, strengths: (T, B, R), g and beta.
+    """
+
+    read_weights: Tensor
+    write_weights: Tensor
+    usage: Tensor
+    memory: Tensor
+    slots: Tensor
+    keys: Tensor
+    contents: Tensor
+    gates: Tensor
+    strengths: Tensor
+
+
+torch.serialization.add_safe_globals([LRUAState, LRUAMemoryTrace])
 
 
 class LRUAMemory(nn.Module):
@@ -185,13 +208,34 @@ class LRUAMemory(nn.Module):
             )
         )  # fmt: skip
 
+    @overload
     def forward(
         self,
         x: Tensor | PackedSequence,
         state: LRUAState | None = None,
         *,
         reset_mask: Tensor | None = None,
-    ) -> tuple[Any, LRUAState]:
+        return_trace: Literal[False] = False,
+    ) -> tuple[Any, LRUAState]: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: LRUAState | None = None,
+        *,
+        reset_mask: Tensor | None = None,
+        return_trace: Literal[True],
+    ) -> tuple[Tensor, LRUAState, LRUAMemoryTrace]: ...
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        state: LRUAState | None = None,
+        *,
+        reset_mask: Tensor | None = None,
+        return_trace: bool = False,
+    ) -> tuple[Any, LRUAState] | tuple[Tensor, LRUAState, LRUAMemoryTrace]:
         """Run a sequence.
 
         Args:
@@ -200,15 +244,23 @@ class LRUAMemory(nn.Module):
             state: where to go on from, unbatched for unbatched x; None: ``initial_state``. The
                 memory stays in the dtype it comes in.
             reset_mask: bool of x's leading shape: True starts a new episode at that step.
+            return_trace: also return what every step did. The sequence then runs step by step,
+                and every step's memory is kept: T B N W numbers.
 
         Returns:
             reads (T, B, R * W) laid out as x (packed for packed x) in x's dtype, and the state
             after the last step; for packed x, each sequence's state after its own last step.
+            With ``return_trace`` also an :class:`LRUAMemoryTrace` of these very reads.
 
         Raises:
             ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
         """
         if isinstance(x, PackedSequence):
+            if return_trace:
+                raise ValueError(
+                    "LRUAMemory: return_trace does not go with a PackedSequence; pass padded x "
+                    "instead, and leave out the steps after each sequence's end"
+                )
             return self._forward_packed(x, state, reset_mask)
         layout = "(B, T, I)" if self.batch_first else "(T, B, I)"
         layout += f" or (T, I) with I={self.input_size}"
@@ -223,10 +275,23 @@ class LRUAMemory(nn.Module):
         elif self.batch_first:
             x = x.transpose(0, 1)
             reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
-        reads, state = self._scan(x, state, reset_mask)
+        trace = None
+        if return_trace:
+            reads, state, trace = self._trace(x, state, reset_mask)
+        else:
+            reads, state = self._scan(x, state, reset_mask)
         if not batched:
-            return reads.squeeze(1), LRUAState(*(part.squeeze(0) for part in state))
-        return (reads.transpose(0, 1) if self.batch_first else reads), state
+            state = LRUAState(*(part.squeeze(0) for part in state))
+        if trace is None:
+            return self._laid_out(reads, batched), state
+        laid_out = LRUAMemoryTrace(*(self._laid_out(part, batched) for part in trace))
+        return self._laid_out(reads, batched), state, laid_out
+
+    def _laid_out(self, part: Tensor, batched: bool) -> Tensor:
+        """(T, B, ...) as the caller's x is."""
+        if not batched:
+            return part.squeeze(1)
+        return part.transpose(0, 1) if self.batch_first else part
 
     def step(
         self, x: Tensor, state: LRUAState | None = None, *, reset_mask: Tensor | None = None
@@ -246,10 +311,58 @@ class LRUAMemory(nn.Module):
     def _scan(
         self, x: Tensor, state: LRUAState | None, reset_mask: Tensor | None
     ) -> tuple[Tensor, LRUAState]:
-        batch = x.shape[1]
-        self._check_state(state, batch, x)
+        self._check_state(state, x.shape[1], x)
         if state is None:
-            state = self.initial_state(batch)
+            state = self.initial_state(x.shape[1])
+        keys, gates, strengths, contents = self._arguments(x)
+        output = ops.lrua_scan(
+            *state, keys, gates, strengths, contents, reset_mask, usage_decay=self.usage_decay,
+            least_used=self.least_used, initial_value=self.initial_value,
+        )  # fmt: skip
+        return output.reads.flatten(2).to(x.dtype), LRUAState(*output[1:])
+
+    def _trace(
+        self, x: Tensor, state: LRUAState | None, reset_mask: Tensor | None
+    ) -> tuple[Tensor, LRUAState, LRUAMemoryTrace]:
+        """`_scan` step by step, noting what each does."""
+        steps, batch = x.shape[:2]
+        _inputs.check_traceable("LRUAMemory", x)
+        self._check_state(state, batch, x)
+        state = self.initial_state(batch) if state is None else state
+        # What the operator computes with: the accumulation dtype, but for the memory.
+        dtype = state.memory.dtype
+        acc = reference.accumulation_dtype(dtype)
+        state = LRUAState(state.memory, state.read_weights.to(acc), state.usage.to(acc))
+        keys, gates, strengths, contents = self._arguments(x)
+        keys, gates = keys.to(acc), gates.to(acc)
+        strengths = torch.ones_like(gates) if strengths is None else strengths.to(acc)
+        contents = keys if contents is None else contents.to(acc)
+        fresh = reference.fresh_state(
+            batch, self.num_reads, self.num_slots, self.slot_size, self.initial_value, dtype,
+            x.device,
+        )  # fmt: skip
+        reads, done = [], []
+        for t in range(steps):
+            if reset_mask is not None:
+                new = reset_mask[t].view(batch, 1, 1)
+                masks = (new, new, new.squeeze(-1))
+                state = LRUAState(*map(torch.where, masks, fresh, state))
+            slots = reference.least_used_slots(state.usage, min(self.num_reads, self.num_slots))
+            written = reference.write_weights(state.read_weights, gates[t], slots, self.least_used)
+            output = ops.lrua_step(
+                *state, keys[t], gates[t], strengths[t], contents[t],
+                usage_decay=self.usage_decay, least_used=self.least_used,
+            )  # fmt: skip
+            reads.append(output.reads)
+            state = LRUAState(*output[1:])
+            done.append((state.read_weights, written, state.usage, state.memory, slots))
+        parts = [torch.stack([part.detach() for part in each]) for each in zip(*done, strict=True)]
+        inputs = (part.detach() for part in (keys, contents, gates, strengths))
+        trace = LRUAMemoryTrace(*parts, *inputs)
+        return torch.stack(reads).flatten(2).to(x.dtype), state, trace
+
+    def _arguments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x (T, B, I) -> the operator's keys, gates, strengths and contents."""
         heads, vector = self.num_reads, self.output_size
         sizes = [vector, vector, heads] if self.write_content else [vector, heads]
         if self.learn_strength == "per_step":
@@ -257,12 +370,7 @@ class LRUAMemory(nn.Module):
         keys, *others = self.interface(x).split(sizes, -1)
         contents = self._vectors(others.pop(0)) if self.write_content else None
         gates = others[0].sigmoid()
-        output = ops.lrua_scan(
-            *state, self._vectors(keys), gates, self._strengths(gates, others[-1]), contents,
-            reset_mask, usage_decay=self.usage_decay, least_used=self.least_used,
-            initial_value=self.initial_value,
-        )  # fmt: skip
-        return output.reads.flatten(2).to(x.dtype), LRUAState(*output[1:])
+        return self._vectors(keys), gates, self._strengths(gates, others[-1]), contents
 
     def _vectors(self, part: Tensor) -> Tensor:
         """(T, B, R * W) -> (T, B, R, W)."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mann_ext.memory import LRUAMemory, LRUAState, _inputs
+from mann_ext.memory import LRUAMemory, LRUAMemoryTrace, LRUAState, _inputs
 from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController
 
 __all__ = ["MANN", "MANNState", "make_controller"]
@@ -132,13 +132,39 @@ class MANN(nn.Module):
             self.controller.initial_state(batch_size), self.memory.initial_state(batch_size), reads
         )
 
+    @overload
     def forward(
-        self, x: Tensor, state: MANNState | None = None, *, reset_mask: Tensor | None = None
-    ) -> tuple[Tensor, MANNState]:
+        self,
+        x: Tensor,
+        state: MANNState | None = None,
+        *,
+        reset_mask: Tensor | None = None,
+        return_trace: Literal[False] = False,
+    ) -> tuple[Tensor, MANNState]: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: MANNState | None = None,
+        *,
+        reset_mask: Tensor | None = None,
+        return_trace: Literal[True],
+    ) -> tuple[Tensor, MANNState, LRUAMemoryTrace]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MANNState | None = None,
+        *,
+        reset_mask: Tensor | None = None,
+        return_trace: bool = False,
+    ) -> tuple[Tensor, MANNState] | tuple[Tensor, MANNState, LRUAMemoryTrace]:
         """x (T, B, I) -> logits (T, B, O) and the last state.
 
         ``reset_mask`` (T, B) bool: True starts a new episode before that step: controller, memory
-        and reads as in ``initial_state``.
+        and reads as in ``initial_state``. ``return_trace``: also return what every step did to the
+        memory, an :class:`mann_ext.LRUAMemoryTrace`, time first; costs as in ``LRUAMemory``.
 
         Raises:
             ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
@@ -147,16 +173,25 @@ class MANN(nn.Module):
         _inputs.check_input("MANN", x, self.output.weight, self.input_size, layout)
         _inputs.check_reset_mask("MANN", reset_mask, x)
         state = self._checked_state(state, x)
+        trace = None
+        if return_trace:
+            _inputs.check_traceable("MANN", x)
         if self.read_feedback and x.shape[0] > 0:
-            features, state = self._stepwise(x, state, reset_mask)
+            features, state, trace = self._stepwise(x, state, reset_mask, return_trace)
         elif x.shape[0] == 0:
             features = x.new_zeros(0, x.shape[1], self.output.in_features)
         else:
             hidden, controller = self.controller(x, state.controller, reset_mask)
-            reads, memory = self.memory(hidden, state.memory, reset_mask=reset_mask)
+            if return_trace:
+                reads, memory, trace = self.memory(
+                    hidden, state.memory, reset_mask=reset_mask, return_trace=True
+                )
+            else:
+                reads, memory = self.memory(hidden, state.memory, reset_mask=reset_mask)
             features = torch.cat([hidden, reads], -1)
             state = MANNState(controller, memory, reads[-1])
-        return self.output(features), state
+        logits = self.output(features)
+        return (logits, state) if trace is None else (logits, state, trace)
 
     def _checked_state(self, state: MANNState | None, x: Tensor) -> MANNState:
         """What is inside is checked by the controller and the memory."""
@@ -173,13 +208,13 @@ class MANN(nn.Module):
         return state
 
     def _stepwise(
-        self, x: Tensor, state: MANNState, reset_mask: Tensor | None
-    ) -> tuple[Tensor, MANNState]:
+        self, x: Tensor, state: MANNState, reset_mask: Tensor | None, return_trace: bool
+    ) -> tuple[Tensor, MANNState, LRUAMemoryTrace | None]:
         controller = self.controller.checked_state(state.controller, x)
         memory, read = state.memory, state.reads
         # The share of x in the controller's input is one product for the whole sequence.
         cell = self.controller.cell(read.shape[-1])
-        features = []
+        features, traces = [], []
         for t, projected in enumerate(self.controller.project(x).unbind()):
             ended = None
             if reset_mask is not None:
@@ -187,6 +222,17 @@ class MANN(nn.Module):
                 controller = controller.reset(ended)
                 read = read.masked_fill(ended.unsqueeze(-1), 0.0)
             h, controller = cell(projected, read, controller)
-            read, memory = self.memory.step(h, memory, reset_mask=ended)
+            if return_trace:
+                mask = None if ended is None else ended.unsqueeze(0)
+                reads, memory, step = self.memory(
+                    h.unsqueeze(0), memory, reset_mask=mask, return_trace=True
+                )
+                read = reads.squeeze(0)
+                traces.append(step)
+            else:
+                read, memory = self.memory.step(h, memory, reset_mask=ended)
             features.append(torch.cat([h, read], -1))
-        return torch.stack(features), MANNState(controller, memory, read)
+        trace = None
+        if return_trace:
+            trace = LRUAMemoryTrace(*(torch.cat(parts) for parts in zip(*traces, strict=True)))
+        return torch.stack(features), MANNState(controller, memory, read), trace

@@ -123,7 +123,7 @@ def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
