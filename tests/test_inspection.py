@@ -277,7 +277,7 @@ def test_the_figure_is_drawn(tmp_path, slots, count):
 
 def test_the_figure_has_labelled_axes_and_the_right_numbers(episode, monkeypatch, tmp_path):
     seen = {}
-    monkeypatch.setattr(figures, "_save", lambda figure, path: seen.update(figure=figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path: seen.update(figure=figure))
     figures.draw_episode(episode, tmp_path / "none.png", step=4)
     axes = {each.get_title(): each for each in seen["figure"].axes if each.get_xlabel()}
     names = ["Usage", "Write weights, sum of heads", "Read weights, sum of heads"]

@@ -180,8 +180,11 @@ DEMO = SantoroConfig(
 )
 
 FIVE_WAY = replace(DEMO, run=RunConfig(minibatches=100_000))
+# An episode of 150 images needs room: every image is written to four slots.
 FIFTEEN_WAY_STRINGS = replace(
-    FIVE_WAY, episodes=replace(FIVE_WAY.episodes, ways=15, labels="string")
+    FIVE_WAY,
+    model=replace(FIVE_WAY.model, num_slots=512),
+    episodes=replace(FIVE_WAY.episodes, ways=15, labels="string"),
 )
 # The paper to the letter: plain cosine softmax, shared least-used slots, its optimiser.
 PAPER = replace(
@@ -203,7 +206,7 @@ def _with_model(config: SantoroConfig, **changes: object) -> SantoroConfig:
     return replace(config, model=replace(config.model, **changes))  # type: ignore[arg-type]
 
 
-FIVE_WAY_STRINGS = replace(FIFTEEN_WAY_STRINGS, episodes=EpisodesConfig(ways=5, labels="string"))
+FIVE_WAY_STRINGS = replace(FIVE_WAY, episodes=EpisodesConfig(ways=5, labels="string"))
 
 PRESETS: dict[str, tuple[SantoroConfig, str]] = {
     "demo": (DEMO, "5-way Omniglot in a few minutes on a CPU"),

@@ -11,6 +11,7 @@ from mann_ext.experiments.santoro import (
     DEMO,
     FIFTEEN_WAY_STRINGS,
     FIVE_WAY,
+    FIVE_WAY_STRINGS,
     PAPER,
     EpisodesConfig,
     SantoroConfig,
@@ -55,11 +56,9 @@ TABLE_1 = Reproduction(
 )  # fmt: skip
 
 
-def _table_2_runs(ways: int, minutes: float) -> tuple[Run, ...]:
+def _table_2_runs(ways: Literal[5, 15], minutes: float) -> tuple[Run, ...]:
     """The rows for episodes of so many classes; ``minutes`` is what the MANN takes."""
-    strings = replace(
-        FIFTEEN_WAY_STRINGS, episodes=replace(FIFTEEN_WAY_STRINGS.episodes, ways=ways)
-    )
+    strings = FIVE_WAY_STRINGS if ways == 5 else FIFTEEN_WAY_STRINGS
     neighbours = NeighbourConfig(episodes=strings.episodes)
     deep = replace(neighbours, features="autoencoder")
     preset = f"santoro-{ways}way-strings"
