@@ -3,7 +3,7 @@
 The LRUA memory is that of Santoro et al., *One-shot learning with memory-augmented neural networks*
 (2016). Symbols: M memory (B, N, W); w_r, w_w read and write weights (B, R, N); u usage (B, N);
 k keys, a contents (B, R, W); g gates, beta strengths (B, R). B batch, N slots, W slot width,
-R heads, T steps.
+R heads, T steps. Of an LSTM: h hidden state, c cell (B, H).
 
 Memory keeps its own dtype: it is rounded to it after every write, and what is read is the rounded
 memory. Everything else is in the accumulation dtype: float64 for float64 memory, else float32.
@@ -26,6 +26,7 @@ __all__ = [
     "lrua_scan",
     "lrua_step",
     "lrua_trace",
+    "lstm_lrua_scan",
 ]
 
 
@@ -260,6 +261,87 @@ def lrua_trace(
         weights, weights, usage.new_zeros(0, batch, count), slots,
         memory.new_zeros(0, batch, count, width),
     )  # fmt: skip
+
+
+def lstm_lrua_scan(
+    projected: Tensor,
+    h: Tensor,
+    c: Tensor,
+    reads: Tensor,
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    weight: Tensor,
+    interface_weight: Tensor,
+    interface_bias: Tensor,
+    strengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    key_activation: str = "none",
+    write_content: bool = False,
+    strength_per_step: bool = False,
+    usage_decay: float = 0.99,
+    least_used: str = "per_head",
+    eps: float = 1e-8,
+    initial_value: float = 1e-6,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """T steps of an LSTM and the memory it reads, r_{t-1} fed back to its gates.
+
+    ``projected`` (T, B, 4H): the share of x_t in the gates and their biases; ``weight``
+    (4H, H + R W): of [h_{t-1}, r_{t-1}]; ``interface_weight`` (P, H) and its bias (P,): from h_t to
+    keys, contents if ``write_content``, gates, and strengths if ``strength_per_step``.
+    ``strengths`` (R,): the same at every step.
+
+    ``(hidden, reads, c, memory, read_weights, usage, slots)``: h_t (T, B, H) and r_t (T, B, R, W)
+    of every step, the state after the last; ``slots`` (T, B, n) forces the choice of slots.
+    """
+    steps, (batch, heads, width) = projected.shape[0], reads.shape
+    outputs, chosen = [], []
+    fresh = fresh_state(
+        batch, heads, memory.shape[1], width, initial_value, memory.dtype, memory.device
+    )
+    for t in range(steps):
+        if reset is not None:
+            again = reset[t].view(batch, 1, 1)
+            h, c = h.masked_fill(again[:, 0], 0.0), c.masked_fill(again[:, 0], 0.0)
+            reads = reads.masked_fill(again, 0.0)
+            memory = torch.where(again, fresh[0], memory)
+            read_weights = torch.where(again, fresh[1], read_weights)
+            usage = torch.where(again[:, 0], fresh[2], usage)
+
+        # The LSTM, its gates in the order of nn.LSTM.
+        gates = projected[t] + torch.cat([h, reads.flatten(1)], -1) @ weight.t()
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+
+        # What the memory is given.
+        interface = h @ interface_weight.t() + interface_bias
+        count = 2 if write_content else 1
+        vectors, scalars = interface.tensor_split([count * heads * width], -1)
+        if key_activation == "tanh":
+            vectors = vectors.tanh()
+        keys, *contents = vectors.unflatten(-1, (count, heads, width)).unbind(1)
+        write_gates = scalars[:, :heads].sigmoid()
+        beta = None if strengths is None else strengths.expand(batch, heads)
+        if strength_per_step:
+            beta = torch.nn.functional.softplus(scalars[:, heads:])
+
+        reads, memory, read_weights, usage, used, _ = _step(
+            memory, read_weights, usage, keys, write_gates, beta,
+            contents[0] if write_content else None,
+            usage_decay, least_used, eps, None if slots is None else slots[t],
+        )  # fmt: skip
+        outputs.append((h, reads))
+        chosen.append(used)
+    if steps == 0:
+        count = min(heads, memory.shape[1])
+        nothing = torch.zeros((0, batch, count), dtype=torch.long, device=h.device)
+        hidden = projected.new_zeros(0, *h.shape), projected.new_zeros(0, *reads.shape)
+        return *hidden, c.clone(), memory.clone(), read_weights.clone(), usage.clone(), nothing
+    all_h, all_reads = (torch.stack(part) for part in zip(*outputs, strict=True))
+    return all_h, all_reads, c, memory, read_weights, usage, torch.stack(chosen)
 
 
 def content_read(
