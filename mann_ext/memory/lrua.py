@@ -216,7 +216,7 @@ class LRUAMemory(nn.Module):
         _inputs.check_reset_mask("LRUAMemory", reset_mask, x)
         batched = x.dim() == 3
         if not batched:
-            self._check_state(state, 0, x, batched=False)
+            self.check_state(state, 0, x, batched=False)
             x = x.unsqueeze(1)
             state = None if state is None else LRUAState(*(part.unsqueeze(0) for part in state))
             reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
@@ -247,7 +247,7 @@ class LRUAMemory(nn.Module):
         self, x: Tensor, state: LRUAState | None, reset_mask: Tensor | None
     ) -> tuple[Tensor, LRUAState]:
         batch = x.shape[1]
-        self._check_state(state, batch, x)
+        self.check_state(state, batch, x)
         if state is None:
             state = self.initial_state(batch)
         heads, vector = self.num_reads, self.output_size
@@ -271,17 +271,25 @@ class LRUAMemory(nn.Module):
 
     raw_strength: nn.Parameter | None
 
+    def head_strengths(self) -> Tensor | None:
+        """beta (R,) of every step; None where it is 1, or made from each x_t."""
+        if self.raw_strength is not None:
+            return nn.functional.softplus(self.raw_strength)
+        if self.read_strength == 1 or self.learn_strength == "per_step":
+            return None
+        return self.interface.weight.new_full((self.num_reads,), self.read_strength)
+
     def _strengths(self, gates: Tensor, raw: Tensor) -> Tensor | None:
         """beta (T, B, R), or None where it is 1; ``raw`` is the interface's last part."""
         if self.learn_strength == "per_step":
             return nn.functional.softplus(raw)
-        if self.raw_strength is not None:
-            return nn.functional.softplus(self.raw_strength).expand_as(gates)
-        return None if self.read_strength == 1 else torch.full_like(gates, self.read_strength)
+        strengths = self.head_strengths()
+        return None if strengths is None else strengths.expand_as(gates)
 
-    def _check_state(
+    def check_state(
         self, state: LRUAState | None, batch: int, x: Tensor, batched: bool = True
     ) -> None:
+        """Raises ValueError or TypeError if the state does not fit; the message says how."""
         if state is None:
             return
         shapes = {
@@ -303,7 +311,7 @@ class LRUAMemory(nn.Module):
             f"(steps in all, {self.input_size}) in the PackedSequence", (2,),
         )  # fmt: skip
         padded, lengths = pad_packed_sequence(x)
-        self._check_state(state, padded.shape[1], x.data)
+        self.check_state(state, padded.shape[1], x.data)
         if state is None:
             state = self.initial_state(padded.shape[1])
         # Sequences are cut where one ends, so that each keeps the state of its own last step.

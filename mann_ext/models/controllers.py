@@ -174,12 +174,15 @@ class LSTMController(nn.Module):
         weight = self.weight_ih_l0[:, : x.shape[-1]]
         return F.linear(x, weight, self.bias_ih_l0 + self.bias_hh_l0)
 
+    def inner_weight(self, fed_back: int) -> Tensor:
+        """(4H, H + fed_back), of h_{t-1} and r_{t-1} together: one product a step for both."""
+        if fed_back == 0:
+            return self.weight_hh_l0
+        return torch.cat([self.weight_hh_l0, self.weight_ih_l0[:, -fed_back:]], 1)
+
     def cell(self, fed_back: int) -> Cell:
         """One step after :meth:`project`, the last ``fed_back`` inputs coming from r_{t-1}."""
-        weight = self.weight_hh_l0
-        if fed_back:  # one product a step for h_{t-1} and r_{t-1} together
-            weight = torch.cat([weight, self.weight_ih_l0[:, -fed_back:]], 1)
-        transposed = weight.t()
+        transposed = self.inner_weight(fed_back).t()
 
         def run(
             projected: Tensor, reads: Tensor | None, state: ControllerState
