@@ -264,14 +264,17 @@ def lrua_trace(
 
 
 def lstm_lrua_scan(
-    projected: Tensor,
+    x: Tensor,
     h: Tensor,
     c: Tensor,
     reads: Tensor,
     memory: Tensor,
     read_weights: Tensor,
     usage: Tensor,
-    weight: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
     interface_weight: Tensor,
     interface_bias: Tensor,
     strengths: Tensor | None = None,
@@ -288,15 +291,15 @@ def lstm_lrua_scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """T steps of an LSTM and the memory it reads, r_{t-1} fed back to its gates.
 
-    ``projected`` (T, B, 4H): the share of x_t in the gates and their biases; ``weight``
-    (4H, H + R W): of [h_{t-1}, r_{t-1}]; ``interface_weight`` (P, H) and its bias (P,): from h_t to
-    keys, contents if ``write_content``, gates, and strengths if ``strength_per_step``.
+    ``weight_ih`` (4H, I + R W), ``weight_hh`` (4H, H) and the biases (4H,) are those of an
+    ``nn.LSTM`` of inputs [x_t, r_{t-1}]; ``interface_weight`` (P, H) and its bias (P,) make keys,
+    contents if ``write_content``, gates, and strengths if ``strength_per_step`` from h_t.
     ``strengths`` (R,): the same at every step.
 
     ``(hidden, reads, c, memory, read_weights, usage, slots)``: h_t (T, B, H) and r_t (T, B, R, W)
     of every step, the state after the last; ``slots`` (T, B, n) forces the choice of slots.
     """
-    steps, (batch, heads, width) = projected.shape[0], reads.shape
+    steps, (batch, heads, width) = x.shape[0], reads.shape
     outputs, chosen = [], []
     fresh = fresh_state(
         batch, heads, memory.shape[1], width, initial_value, memory.dtype, memory.device
@@ -311,7 +314,8 @@ def lstm_lrua_scan(
             usage = torch.where(again[:, 0], fresh[2], usage)
 
         # The LSTM, its gates in the order of nn.LSTM.
-        gates = projected[t] + torch.cat([h, reads.flatten(1)], -1) @ weight.t()
+        inputs = torch.cat([x[t], reads.flatten(1)], -1)
+        gates = inputs @ weight_ih.t() + bias_ih + h @ weight_hh.t() + bias_hh
         i, f, g, o = gates.chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
@@ -338,7 +342,7 @@ def lstm_lrua_scan(
     if steps == 0:
         count = min(heads, memory.shape[1])
         nothing = torch.zeros((0, batch, count), dtype=torch.long, device=h.device)
-        hidden = projected.new_zeros(0, *h.shape), projected.new_zeros(0, *reads.shape)
+        hidden = x.new_zeros(0, *h.shape), x.new_zeros(0, *reads.shape)
         return *hidden, c.clone(), memory.clone(), read_weights.clone(), usage.clone(), nothing
     all_h, all_reads = (torch.stack(part) for part in zip(*outputs, strict=True))
     return all_h, all_reads, c, memory, read_weights, usage, torch.stack(chosen)

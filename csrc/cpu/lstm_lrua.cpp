@@ -70,17 +70,28 @@ class Room {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
            Tensor, Tensor, Tensor, Tensor, Tensor>
-lstm_lrua_scan(Tensor projected, Tensor h, Tensor c, Tensor reads, Tensor memory,
-               Tensor read_weights, Tensor usage, Tensor weight, Tensor interface_weight,
-               Tensor interface_bias, std::optional<Tensor> strengths, std::optional<Tensor> reset,
-               bool tanh_keys, bool write_content, bool strength_per_step, double usage_decay,
-               bool shared, double eps, double initial_value, int64_t snapshot_every,
-               bool save_for_backward) {
+lstm_lrua_scan(Tensor x, Tensor h, Tensor c, Tensor reads, Tensor memory, Tensor read_weights,
+               Tensor usage, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh,
+               Tensor interface_weight, Tensor interface_bias, std::optional<Tensor> strengths,
+               std::optional<Tensor> reset, bool tanh_keys, bool write_content,
+               bool strength_per_step, double usage_decay, bool shared, double eps,
+               double initial_value, int64_t snapshot_every, bool save_for_backward) {
   constexpr const char* op = "lstm_lrua_scan";
-  const Given in{
-      h,         c,     reads,     memory,        read_weights,     weight, interface_weight,
-      strengths, reset, tanh_keys, write_content, strength_per_step};
-  const Sizes n = check_forward(op, in, projected, usage, interface_bias);
+  const Given in{x,
+                 h,
+                 c,
+                 reads,
+                 memory,
+                 read_weights,
+                 weight_ih,
+                 weight_hh,
+                 interface_weight,
+                 strengths,
+                 reset,
+                 tanh_keys,
+                 write_content,
+                 strength_per_step};
+  const Sizes n = check_forward(op, in, usage, bias_ih, bias_hh, interface_bias);
   const Interface made = make_interface(in, n);
   const lrua::Given given = for_memory(in, made);
   const lrua::Shape s = lrua::make_shape(check_memory(op, in, n, given), in.acc());
@@ -93,27 +104,33 @@ lstm_lrua_scan(Tensor projected, Tensor h, Tensor c, Tensor reads, Tensor memory
 
   const Kernels& k = kernels(in.acc());
   const int64_t H = n.hidden, P = n.numbers();
-  const int64_t of_state = panel_bytes(k, 4 * H, n.inner()), of_interface = panel_bytes(k, P, H);
-  lrua::Workspace workspace({of_state, of_interface});
+  const int64_t of_inputs = panel_bytes(k, 4 * H, n.inputs), of_state = panel_bytes(k, 4 * H, H);
+  const int64_t of_reads = panel_bytes(k, 4 * H, n.reads()), of_interface = panel_bytes(k, P, H);
+  lrua::Workspace workspace({of_inputs, of_state, of_reads, of_interface});
   const auto optional = [](const std::optional<Tensor>& tensor) {
     return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr;
   };
   const Forward p{n,
-                  projected.const_data_ptr(),
+                  x.const_data_ptr(),
                   h.const_data_ptr(),
                   c.const_data_ptr(),
                   reads.const_data_ptr(),
-                  weight.const_data_ptr(),
+                  weight_ih.const_data_ptr(),
+                  weight_hh.const_data_ptr(),
+                  bias_ih.const_data_ptr(),
+                  bias_hh.const_data_ptr(),
                   interface_weight.const_data_ptr(),
                   interface_bias.const_data_ptr(),
                   data(strengths),
                   of_memory.in.reset,
+                  workspace.take(of_inputs),
                   workspace.take(of_state),
+                  workspace.take(of_reads),
                   workspace.take(of_interface),
                   out.hidden.mutable_data_ptr(),
                   memory_out.reads.const_data_ptr(),
                   out.c.mutable_data_ptr(),
-                  save_for_backward ? out.gates.mutable_data_ptr() : nullptr,
+                  out.gates.mutable_data_ptr(),
                   save_for_backward ? out.cells.mutable_data_ptr() : nullptr,
                   made.keys.mutable_data_ptr(),
                   made.gates.mutable_data_ptr(),
@@ -125,8 +142,9 @@ lstm_lrua_scan(Tensor projected, Tensor h, Tensor c, Tensor reads, Tensor memory
   } else {
     const lrua::Kernels& m = lrua::kernels(lrua::storage_of(memory));
     const int64_t bytes = m.forward_scratch_bytes(of_memory);
-    parallel(panels(4 * H, k.width) + panels(P, k.width),
+    parallel(3 * panels(4 * H, k.width) + panels(P, k.width),
              [&](int64_t i, int64_t end) { k.pack(p, i, end); });
+    lrua::parallel_rows(n.steps * n.batch, [&](int64_t i, int64_t end) { k.project(p, i, end); });
     for_each_group(s, bytes, [&](int64_t first, int64_t end, const auto& each_block) {
       const Room room(k, n, end - first, bytes);
       k.begin(p, room.lstm(), first, end);
@@ -145,29 +163,42 @@ lstm_lrua_scan(Tensor projected, Tensor h, Tensor c, Tensor reads, Tensor memory
         }
       }
       for (int64_t b = first; b < end; ++b) m.forward_end(of_memory, room.memory(b - first), b);
-      k.end(p, room.lstm(), first, end);
+      k.finish(p, room.lstm(), first, end);
     });
   }
   return all_outputs(in, out, made, memory_out, save_for_backward);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor>
 lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_reads,
-                        std::optional<Tensor> grad_c, std::optional<Tensor> grad_memory,
-                        std::optional<Tensor> grad_read_weights, Tensor h, Tensor c, Tensor reads,
-                        Tensor memory, Tensor read_weights, Tensor weight, Tensor interface_weight,
-                        std::optional<Tensor> strengths, std::optional<Tensor> reset, Tensor hidden,
-                        Tensor all_reads, Tensor memory_out, Tensor gates, Tensor cells,
-                        Tensor keys, Tensor write_gates, Tensor step_strengths, Tensor contents,
+                        std::optional<Tensor> grad_c_out, std::optional<Tensor> grad_memory,
+                        std::optional<Tensor> grad_read_weights, Tensor x, Tensor h, Tensor c,
+                        Tensor reads, Tensor memory, Tensor read_weights, Tensor weight_ih,
+                        Tensor weight_hh, Tensor interface_weight, std::optional<Tensor> strengths,
+                        std::optional<Tensor> reset, Tensor hidden, Tensor all_reads,
+                        Tensor memory_out, Tensor gates, Tensor cells, Tensor keys,
+                        Tensor write_gates, Tensor step_strengths, Tensor contents,
                         Tensor weight_history, Tensor slot_history, Tensor erased_rows,
                         Tensor snapshots, bool tanh_keys, bool write_content,
                         bool strength_per_step, bool shared, double eps, double initial_value,
-                        int64_t snapshot_every, bool need_memory_grad) {
+                        int64_t snapshot_every, bool need_x_grad, bool need_memory_grad) {
   constexpr const char* op = "lstm_lrua_scan_backward";
-  const Given in{
-      h,         c,     reads,     memory,        read_weights,     weight, interface_weight,
-      strengths, reset, tanh_keys, write_content, strength_per_step};
-  const Saved saved{grad_hidden, grad_reads, grad_c, hidden, gates, cells};
+  const Given in{x,
+                 h,
+                 c,
+                 reads,
+                 memory,
+                 read_weights,
+                 weight_ih,
+                 weight_hh,
+                 interface_weight,
+                 strengths,
+                 reset,
+                 tanh_keys,
+                 write_content,
+                 strength_per_step};
+  const Saved saved{grad_hidden, grad_reads, grad_c_out, hidden, gates, cells};
   const Sizes n = check_backward(op, in, saved);
   const Interface made = saved_interface(in, n, keys, write_gates, step_strengths, contents);
   const lrua::Given given = for_memory(in, made);
@@ -176,25 +207,31 @@ lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor>
   const lrua::Saved of_steps{total_reads,    grad_memory,  grad_read_weights, all_reads, memory_out,
                              weight_history, slot_history, erased_rows,       snapshots};
   lrua::check_saved(op, given, s, of_steps, snapshot_every);
-  const Gradients out = make_gradients(in, n);
+  const Gradients out = make_gradients(in, n, need_x_grad);
   lrua::Gradients memory_grads = lrua::make_gradients(given, s, need_memory_grad);
   const lrua::Backward of_memory = lrua::make_backward(
       given, s, {0, eps, initial_value, shared, snapshot_every, 1}, of_steps, memory_grads);
 
   const Kernels& k = kernels(in.acc());
-  const int64_t H = n.hidden, P = n.numbers(), all = n.steps * n.batch;
-  const int64_t of_state = panel_bytes(k, n.inner(), 4 * H), of_interface = panel_bytes(k, H, P);
-  const int64_t of_previous = panel_bytes(k, n.inner(), all), of_hidden = panel_bytes(k, H, all);
-  const int64_t of_grads = all * P * k.bytes;
-  lrua::Workspace workspace({of_state, of_interface, of_previous, of_hidden, of_grads});
+  const int64_t I = n.inputs, H = n.hidden, P = n.numbers(), all = n.steps * n.batch;
+  const int64_t of_state = panel_bytes(k, H, 4 * H), of_reads = panel_bytes(k, n.reads(), 4 * H);
+  const int64_t of_interface = panel_bytes(k, H, P);
+  const int64_t of_inputs = need_x_grad ? panel_bytes(k, I, 4 * H) : 0;
+  const int64_t of_x = panel_bytes(k, I, all), of_hidden = panel_bytes(k, H, all);
+  const int64_t of_previous = panel_bytes(k, n.reads(), all);
+  const int64_t of_numbers = all * P * k.bytes, of_gates = all * 4 * H * k.bytes;
+  lrua::Workspace workspace({of_state, of_reads, of_interface, of_inputs, of_x, of_hidden,
+                             of_previous, of_hidden, of_numbers, of_gates});
   const Backward p{n,
                    data(grad_hidden),
                    data(grad_reads),
-                   data(grad_c),
+                   data(grad_c_out),
+                   x.const_data_ptr(),
                    h.const_data_ptr(),
                    c.const_data_ptr(),
                    reads.const_data_ptr(),
-                   weight.const_data_ptr(),
+                   weight_ih.const_data_ptr(),
+                   weight_hh.const_data_ptr(),
                    interface_weight.const_data_ptr(),
                    of_memory.in.reset,
                    hidden.const_data_ptr(),
@@ -206,7 +243,11 @@ lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor>
                    data(made.strengths),
                    data(made.contents),
                    workspace.take(of_state),
+                   workspace.take(of_reads),
                    workspace.take(of_interface),
+                   workspace.take(of_inputs),
+                   workspace.take(of_x),
+                   workspace.take(of_hidden),
                    workspace.take(of_previous),
                    workspace.take(of_hidden),
                    total_reads.mutable_data_ptr(),
@@ -214,16 +255,20 @@ lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor>
                    of_memory.grad_gates,
                    of_memory.grad_strengths,
                    of_memory.grad_contents,
-                   workspace.take(of_grads),
-                   out.projected.mutable_data_ptr(),
+                   workspace.take(of_numbers),
+                   workspace.take(of_gates),
+                   need_x_grad ? out.x.mutable_data_ptr() : nullptr,
                    out.h.mutable_data_ptr(),
                    out.c.mutable_data_ptr(),
                    out.reads.mutable_data_ptr(),
-                   out.weight.mutable_data_ptr(),
+                   out.weight_ih.mutable_data_ptr(),
+                   out.weight_hh.mutable_data_ptr(),
+                   out.bias.mutable_data_ptr(),
                    out.interface_weight.mutable_data_ptr(),
                    out.interface_bias.mutable_data_ptr(),
                    strengths.has_value() ? out.strengths.mutable_data_ptr() : nullptr};
-  parallel(panels(n.inner(), k.width) + 2 * panels(H, k.width),
+  parallel(3 * panels(H, k.width) + panels(n.reads(), k.width) +
+               (need_x_grad ? 2 : 1) * panels(I, k.width),
            [&](int64_t i, int64_t end) { k.pack_backward(p, i, end); });
   parallel(all, [&](int64_t i, int64_t end) { k.pack_previous(p, i, end); });
   const lrua::Kernels& m = lrua::kernels(lrua::storage_of(memory));
@@ -250,6 +295,8 @@ lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor>
   });
   lrua::parallel_rows(4 * H, [&](int64_t i, int64_t end) { k.weight_gradients(p, i, end); });
   lrua::parallel_rows(P, [&](int64_t i, int64_t end) { k.interface_gradients(p, i, end); });
+  if (need_x_grad)
+    lrua::parallel_rows(all, [&](int64_t i, int64_t end) { k.input_gradients(p, i, end); });
   return all_gradients(out, memory_grads);
 }
 

@@ -204,8 +204,8 @@ class MANN(nn.Module):
             )
         )  # fmt: skip
         output = lstm_lrua_scan(
-            controller.project(x), h, c, reads.unflatten(-1, (memory.num_reads, memory.slot_size)),
-            state.memory.memory, weights, usage, controller.inner_weight(reads.shape[-1]),
+            x, h, c, reads.unflatten(-1, (memory.num_reads, memory.slot_size)),
+            state.memory.memory, weights, usage, *controller.weights(),
             memory.interface.weight, memory.interface.bias, memory.head_strengths(), reset_mask,
             key_activation=memory.key_activation, write_content=memory.write_content,
             strength_per_step=memory.learn_strength == "per_step", usage_decay=memory.usage_decay,
