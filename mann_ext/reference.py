@@ -108,7 +108,8 @@ def _step(
     # 1. The n least-used slots, from the previous usage.
     if slots is None:
         slots = least_used_slots(usage, chosen)
-    one_hot = torch.nn.functional.one_hot(slots, num_slots).to(keys.dtype)  # (B, n, N)
+    all_slots = torch.arange(num_slots, device=slots.device)
+    one_hot = (slots.unsqueeze(-1) == all_slots).to(keys.dtype)  # (B, n, N)
 
     # 2. Write weights: w_w = g w_r,{t-1} + (1 - g) lu (eqs. 6, 22).
     if least_used == "shared":

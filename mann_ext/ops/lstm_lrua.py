@@ -17,9 +17,6 @@ __all__ = ["LSTMLRUAScanOutput", "lstm_lrua_scan"]
 
 KeyActivation = Literal["none", "tanh"]
 
-# On a GPU the time of small memories is that of the launches, of which saved ones need fewer.
-_CUDA_HISTORY_BUDGET = 256 * 2**20
-
 
 class LSTMLRUAScanOutput(NamedTuple):
     """h_t (T, B, H) and r_t (T, B, R, W) of every step, and the rest of the state after the last.
@@ -94,7 +91,7 @@ def lstm_lrua_scan(
         write_content: the contents are made apart from the keys.
         strength_per_step: the strengths are made every step.
         usage_decay, least_used, eps, initial_value: as for ``lrua_scan``.
-        history_budget, snapshot_every: as for ``lrua_scan``; the default budget is larger on a GPU.
+        history_budget, snapshot_every: as for ``lrua_scan``.
 
     Returns:
         h_t and r_t of every step, and c and the memory's state after the last.
@@ -143,16 +140,15 @@ def lstm_lrua_scan(
         save = torch.is_grad_enabled()
         arguments = [None if a is None else a.view_as(a) for a in arguments]
     if snapshot_every is None:
-        if history_budget is None:
-            on_gpu = x.device.type == "cuda"
-            history_budget = _CUDA_HISTORY_BUDGET if on_gpu else HISTORY_BUDGET
+        budget = HISTORY_BUDGET if history_budget is None else history_budget
         numbers = x.shape[0] * memory.shape[0] * padded(memory.shape[1]) * memory.shape[2]
-        snapshot_every = 1 if numbers * memory.element_size() <= history_budget else 0
-    output = _Scan.apply(
-        *arguments, _contiguous(reset), key_activation == "tanh", write_content, strength_per_step,
-        float(usage_decay), least_used == "shared", float(eps), float(initial_value),
-        int(snapshot_every), save,
-    )  # fmt: skip
+        snapshot_every = 1 if numbers * memory.element_size() <= budget else 0
+    with _common.without_autocast(x.device):  # on a GPU some of the products are PyTorch's
+        output = _Scan.apply(
+            *arguments, _contiguous(reset), key_activation == "tanh", write_content,
+            strength_per_step, float(usage_decay), least_used == "shared", float(eps),
+            float(initial_value), int(snapshot_every), save,
+        )  # fmt: skip
     return LSTMLRUAScanOutput(*output[:6])
 
 
@@ -269,11 +265,13 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         need_x, need_memory, need_strengths = (ctx.needs_input_grad[i] for i in (0, 4, 13))
-        x, h, c, reads, memory, read_weights, weight_ih, weight_hh, bias, *interface, strengths = (
-            _ScanBackward.apply(
-                *map(_contiguous, grads[:5]), *ctx.saved_tensors, *ctx.options, need_x, need_memory
+        saved = ctx.saved_tensors
+        with _common.without_autocast(saved[0].device):
+            found = _ScanBackward.apply(
+                *map(_contiguous, grads[:5]), *saved, *ctx.options, need_x, need_memory
             )
-        )
+        x, h, c, reads, memory, read_weights, weight_ih, weight_hh, bias, *rest = found
+        *interface, strengths = rest
         return (
             x if need_x else None, h, c, reads, memory if need_memory else None, read_weights, None,
             weight_ih, weight_hh, bias, bias, *interface, strengths if need_strengths else None,
