@@ -99,24 +99,38 @@ def test_native_chooses_the_same_slots_unforced(sample: Sample):
     assert (chosen == expected).double().mean() >= 0.999 or chosen.numel() == 0
 
 
+def neighbours(sample: Sample) -> list[Sample]:
+    """The same numbers moved a little, which round differently but amplify rounding alike."""
+    found = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        moved = tuple(
+            x
+            if x is None or x.dtype == torch.bool
+            else x * (1 + 1e-5 * torch.randn(x.shape, generator=generator, dtype=x.dtype))
+            for x in sample.args
+        )
+        found.append(Sample(sample.name, moved, sample.options).to(torch.float32))
+    return found
+
+
 @native
 @pytest.mark.parametrize("form", ["saved", "rolled_back"])
 @samples
 def test_float32_error_is_at_most_twice_the_references_own(sample: Sample, form: str):
-    """The worst error over five samples, of every output and gradient."""
+    """Root mean square over neighbours: what is fed back amplifies rounding, so one is luck."""
     mine, theirs = [], []
-    for seed in range(5):
-        single = next(s for s in lstm_lrua_samples(seed) if s.name == sample.name).to(torch.float32)
+    for single in neighbours(sample):
         slots = native_slots(single)
         exact = run_reference(single.to(torch.float64), slots)
         got, plain = run(single, **FORMS[form]), run_reference(single, slots)
         mine.append([relative(*pair) for pair in zip(got, exact, strict=True)])
         theirs.append([relative(*pair) for pair in zip(plain, exact, strict=True)])
-    # With one slot the softmax's gradient is zero and the reference subtracts a number from itself.
+    ours, allowed = (torch.tensor(x).square().mean(0).sqrt() for x in (mine, theirs))
+    # With one slot the softmax's gradient is zero and the reference subtracts a number from itself,
+    # where one pass subtracts two sums of it.
     floor = 64 if sample.args[4].shape[1] == 1 else 8
-    for ours, allowed in zip(zip(*mine, strict=True), zip(*theirs, strict=True), strict=True):
-        # The reference may be exact by luck.
-        assert max(ours) <= 2 * max(allowed) + floor * torch.finfo(torch.float32).eps
+    assert (ours <= 2 * allowed + floor * torch.finfo(torch.float32).eps).all(), (ours, allowed)
 
 
 @native
