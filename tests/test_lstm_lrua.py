@@ -182,7 +182,7 @@ def test_opcheck(sample: Sample, every: int):
     utils = ("test_schema", "test_faketensor")
     forward, operators = raw_arguments(sample, every), torch.ops.mann_ext
     torch.library.opcheck(operators.lstm_lrua_scan.default, forward, test_utils=utils)
-    hidden, reads, c, memory, weights, _, *history = operators.lstm_lrua_scan(*forward)
+    hidden, reads, _, memory, weights, _, *history = operators.lstm_lrua_scan(*forward)
     strengths, reset = forward[13:15]
     backward = (
         torch.ones_like(hidden), torch.ones_like(reads), None, None, torch.ones_like(weights),
@@ -306,10 +306,13 @@ def test_the_model_equals_its_loop_of_steps(chosen: dict[str, Any]):
 
 @native
 def test_the_model_runs_the_operator_where_it_can(monkeypatch: pytest.MonkeyPatch):
-    calls = []
-    monkeypatch.setattr(
-        MANN, "_fused", lambda self, *a: calls.append(self) or MANN._stepwise(self, *a)
-    )
+    calls: list[MANN] = []
+
+    def note(self: MANN, *args: Any) -> Any:
+        calls.append(self)
+        return self._stepwise(*args)
+
+    monkeypatch.setattr(MANN, "_fused", note)
     (x, _), single = model_inputs(), make(dtype=torch.float32)
     make()(x)
     single(x.float())
@@ -334,6 +337,7 @@ def test_compile_and_export_of_the_model(function: str, reset: bool):
     model, (x, mask) = make(), model_inputs()
     given = (x, None)
     options = {"reset_mask": mask} if reset else {}
+    changed: Any
     if function == "export":
         changed = torch.export.export(model, given, options).module()
     else:

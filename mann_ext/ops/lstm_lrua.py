@@ -239,9 +239,9 @@ class _Scan(torch.autograd.Function):
     def forward(
         x: Any, h: Any, c: Any, reads: Any, memory: Any, read_weights: Any, usage: Any,
         weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, interface_weight: Any,
-        interface_bias: Any, strengths: Any, reset: Any, tanh_keys: bool, write_content: bool, strength_per_step: bool, usage_decay: float,
-        shared: bool, eps: float, initial_value: float, snapshot_every: int,
-        save_for_backward: bool,
+        interface_bias: Any, strengths: Any, reset: Any, tanh_keys: bool, write_content: bool,
+        strength_per_step: bool, usage_decay: float, shared: bool, eps: float,
+        initial_value: float, snapshot_every: int, save_for_backward: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return torch.ops.mann_ext.lstm_lrua_scan(
             x, h, c, reads, memory, read_weights, usage, weight_ih, weight_hh, bias_ih, bias_hh,
@@ -315,7 +315,7 @@ class _ScanBackward(torch.autograd.Function):
         tanh_keys, write_content, strength_per_step, shared, eps, initial_value = ctx.options
         present = [i for i, x in enumerate(inputs) if x is not None]
         primals = [i for i in present if i >= 5]
-        run = partial(
+        run: Any = partial(
             reference.lstm_lrua_scan, reset=reset, key_activation="tanh" if tanh_keys else "none",
             write_content=write_content, strength_per_step=strength_per_step,
             least_used="shared" if shared else "per_head", eps=eps, initial_value=initial_value,
