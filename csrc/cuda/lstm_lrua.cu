@@ -119,19 +119,23 @@ __device__ __forceinline__ void add_products(A (&sums)[kWarp], const A* weights,
   }
 }
 
+// Of each two lanes that are Half apart, one keeps the lower Half of what both had and one the
+// upper, added up; so on with half of that. Recursive, for only then does the array stay in
+// registers.
+template <int Half, class A>
+__device__ __forceinline__ void halve(A (&x)[kWarp]) {
+  const bool upper = threadIdx.x & Half;
+#pragma unroll
+  for (int i = 0; i < Half; ++i) {
+    const A kept = upper ? x[i + Half] : x[i], given = upper ? x[i] : x[i + Half];
+    x[i] = kept + __shfl_xor_sync(kAllLanes, given, Half);
+  }
+  if constexpr (Half > 1) halve<Half / 2>(x);
+}
 // Lane i gets the sum over the lanes of their numbers i.
 template <class A>
 __device__ __forceinline__ A sum_scattered(A (&x)[kWarp]) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const A kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
-      x[i] = kept + __shfl_xor_sync(kAllLanes, given, half);
-    }
-  }
+  halve<kWarp / 2>(x);
   return x[0];
 }
 
@@ -234,26 +238,41 @@ __device__ __forceinline__ A interface_gradient(const Backward<A>& p, int64_t at
   return strength > A(kSoftplusThreshold) ? d : -d * less_one(-strength);
 }
 
-// dL/dh_t, and from it the gradients of the gates and of c_{t-1}. The first warps also keep the
-// interface's gradient, which the others make for themselves.
+// dL/dh_t, and from it the gradients of the gates and of c_{t-1}. Each block makes the interface's
+// gradient for itself, a piece at a time; the first of its rows keeps it.
 template <class A>
 __global__ __launch_bounds__(kWarps* kWarp) void lstm_step_backward(const Backward<A> p,
                                                                     const int64_t t) {
+  constexpr int kPiece = kWarps * kWarp;
+  __shared__ A grads[kRows][kPiece];
   const Sizes& n = p.sizes;
   const int64_t H = n.hidden, B = n.batch, P = n.numbers();
+  const int thread = static_cast<int>(threadIdx.x);
   const Part part(H);
-  if (part.is_empty()) return;
-  const bool keeps = part.first == 0;
+  const bool keeps = blockIdx.x % Part::blocks(H) == 0;
   A sums[kWarp] = {};
-  add_products(sums, p.interface_columns + part.first * P, P,
-               static_cast<int>(min(int64_t{kOutputs}, H - part.first)), P,
-               [&](int row, int64_t k) {
-                 if (part.b0 + row >= B) return A(0);
-                 const int64_t at = t * B + part.b0 + row;
-                 const A grad = interface_gradient(p, at, k);
-                 if (keeps) p.grad_interface[at * P + k] = grad;
-                 return grad;
-               });
+#pragma unroll 1
+  for (int64_t first = 0; first < P; first += kPiece) {
+    __syncthreads();
+    if (first + thread < P) {
+#pragma unroll 1
+      for (int row = 0; row < kRows; ++row) {
+        const int64_t at = t * B + part.b0 + row;
+        A grad = 0;
+        if (part.b0 + row < B) {
+          grad = interface_gradient(p, at, first + thread);
+          if (keeps) p.grad_interface[at * P + first + thread] = grad;
+        }
+        grads[row][thread] = grad;
+      }
+    }
+    __syncthreads();
+    if (!part.is_empty())
+      add_products(sums, p.interface_columns + part.first * P + first, P,
+                   static_cast<int>(min(int64_t{kOutputs}, H - part.first)),
+                   min(int64_t{kPiece}, P - first),
+                   [&](int row, int64_t k) { return grads[row][k]; });
+  }
   A dh = sum_scattered(sums);
   const int64_t unit = part.first + part.output, b = part.b(), at = t * B + b;
   if (unit >= H || b >= B) return;
