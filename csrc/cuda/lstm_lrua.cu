@@ -2,8 +2,9 @@
 // interface, and lrua_scan's kernels for the memory, whose reads the next cell takes; backwards the
 // same in turn. Products over all steps are PyTorch's.
 //
-// In the products of a step each warp forms those of a few rows of the batch and a few rows of a
-// weight matrix, all lanes along the rows, which neighbouring lanes read at neighbouring places.
+// In the products of a step each block forms those of a few rows of the batch and a few rows of a
+// weight matrix, all its threads along the rows: few numbers a thread, for a step is over when the
+// longest wait for memory is.
 // Numbers a step, of B rows: 4H (H + R W) + P H multiply-adds a row each way, and the weights once
 // for every kRows rows.
 #include <tuple>
@@ -19,10 +20,11 @@ using mann_ext::lstm_lrua::kSoftplusThreshold;
 using tensors::Given;
 using tensors::Sizes;
 
-constexpr int kRows = 8;     // of the batch, for each warp
-constexpr int kOutputs = 4;  // rows of a weight matrix, for each warp: so many lanes a row
+constexpr int kRows = 8;     // of the batch, for each block
+constexpr int kOutputs = 4;  // rows of a weight matrix, for each block
 static_assert(kRows * kOutputs == kWarp);
-constexpr int kWarps = 4;
+constexpr int kWarps = 4;  // that share the columns
+constexpr int kThreads = kWarps * kWarp;
 
 // The LSTM's half of a scan; the memory's kernels write all_reads.
 template <class A>
@@ -69,25 +71,24 @@ __device__ __forceinline__ A softplus(A x) {
   return x > A(kSoftplusThreshold) ? x : log_plus_one(lrua::exponential(x));
 }
 
-// What a warp works on: the rows b0 .. b0 + kRows of the batch and the outputs first .. first +
-// kOutputs of `count`; a lane ends up with one number of each.
+// What a block works on: the rows b0 .. b0 + kRows of the batch and the outputs first .. first +
+// kOutputs of `count`. Each lane of the first warp ends up with one number of each.
 struct Part {
   int64_t b0, first, count;
   int row, output;  // of this lane
 
   __device__ Part(int64_t outputs) : count(outputs) {
-    const int64_t groups = blocks(outputs);
     const int lane = threadIdx.x % kWarp;
-    b0 = blockIdx.x / groups * kRows;
-    first = (blockIdx.x % groups * kWarps + threadIdx.x / kWarp) * kOutputs;
+    b0 = blockIdx.x / groups(outputs) * kRows;
+    first = blockIdx.x % groups(outputs) * kOutputs;
     row = lane / kOutputs;
     output = lane % kOutputs;
   }
-  static __host__ __device__ int64_t blocks(int64_t outputs) {
-    return (outputs + kWarps * kOutputs - 1) / (kWarps * kOutputs);
+  static __host__ __device__ int64_t groups(int64_t outputs) {
+    return (outputs + kOutputs - 1) / kOutputs;
   }
+  __device__ int outputs() const { return static_cast<int>(min(int64_t{kOutputs}, count - first)); }
   __device__ int64_t b() const { return b0 + row; }
-  __device__ bool is_empty() const { return first >= count; }
 };
 
 // Bit r: row b0 + r exists and has a step before.
@@ -100,13 +101,13 @@ __device__ __forceinline__ unsigned rows_with_past(const bool* reset, int64_t t,
   return rows;
 }
 
-// Adds each lane's share of the products of rows of a weight matrix, `stride` apart, with the
+// Adds each thread's share of the products of rows of a weight matrix, `stride` apart, with the
 // inputs that input(row, k) gives.
 template <class A, class Input>
 __device__ __forceinline__ void add_products(A (&sums)[kWarp], const A* weights, int64_t stride,
                                              int outputs, int64_t depth, Input&& input) {
-#pragma unroll 1
-  for (int64_t k = threadIdx.x % kWarp; k < depth; k += kWarp) {
+#pragma unroll 2
+  for (int64_t k = threadIdx.x; k < depth; k += kThreads) {
     A weight[kOutputs];
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) weight[o] = weights[min(o, outputs - 1) * stride + k];
@@ -132,22 +133,28 @@ __device__ __forceinline__ void halve(A (&x)[kWarp]) {
   }
   if constexpr (Half > 1) halve<Half / 2>(x);
 }
-// Lane i gets the sum over the lanes of their numbers i.
+// Lane i of the first warp gets the sum over the block's threads of their numbers i.
 template <class A>
 __device__ __forceinline__ A sum_scattered(A (&x)[kWarp]) {
+  __shared__ A of_warps[kWarps][kWarp];
   halve<kWarp / 2>(x);
-  return x[0];
+  const int lane = threadIdx.x % kWarp;
+  of_warps[threadIdx.x / kWarp][lane] = x[0];
+  __syncthreads();
+  A sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[warp][lane];
+  return sum;
 }
 
 // ---------------------------------------------------------------- forward
 
-// A warp has one hidden unit, whose four gates are the outputs: h_t and c_t.
+// h_t and c_t: a block has one hidden unit, whose four gates are the outputs.
 template <class A>
-__global__ __launch_bounds__(kWarps* kWarp) void lstm_step(const Forward<A> p, const int64_t t) {
+__global__ __launch_bounds__(kThreads) void lstm_step(const Forward<A> p, const int64_t t) {
   const Sizes& n = p.sizes;
   const int64_t H = n.hidden, R = n.reads(), B = n.batch;
   const Part part(kOutputs * H);
-  if (part.is_empty()) return;
   const int64_t unit = part.first / kOutputs;
   const unsigned past = rows_with_past(p.reset, t, part.b0, B);
   const A* h = t == 0 ? p.h : p.hidden + (t - 1) * B * H;
@@ -160,6 +167,7 @@ __global__ __launch_bounds__(kWarps* kWarp) void lstm_step(const Forward<A> p, c
       sums, p.weight_ih + unit * n.columns() + n.inputs, H * n.columns(), kOutputs, R,
       [&](int row, int64_t k) { return past >> row & 1 ? reads[(part.b0 + row) * R + k] : A(0); });
   A gate = sum_scattered(sums);
+  if (threadIdx.x >= kWarp) return;
   const bool present = part.b() < B;
   const int64_t at = t * B + part.b(), column = part.output * H + unit;
   if (present) {
@@ -180,21 +188,18 @@ __global__ __launch_bounds__(kWarps* kWarp) void lstm_step(const Forward<A> p, c
 
 // Keys, contents, gates and strengths from h_t.
 template <class A>
-__global__ __launch_bounds__(kWarps* kWarp) void interface_step(const Forward<A> p,
-                                                                const int64_t t) {
+__global__ __launch_bounds__(kThreads) void interface_step(const Forward<A> p, const int64_t t) {
   const Sizes& n = p.sizes;
   const int64_t H = n.hidden, B = n.batch, reads = n.reads();
   const Part part(n.numbers());
-  if (part.is_empty()) return;
   const A* h = p.hidden + t * B * H;
   A sums[kWarp] = {};
   add_products(
-      sums, p.interface_weight + part.first * H, H,
-      static_cast<int>(min(int64_t{kOutputs}, part.count - part.first)), H,
+      sums, p.interface_weight + part.first * H, H, part.outputs(), H,
       [&](int row, int64_t k) { return part.b0 + row < B ? h[(part.b0 + row) * H + k] : A(0); });
   A x = sum_scattered(sums);
   int64_t number = part.first + part.output;
-  if (number >= part.count || part.b() >= B) return;
+  if (threadIdx.x >= kWarp || number >= part.count || part.b() >= B) return;
   const int64_t at = t * B + part.b();
   x += p.interface_bias[number];
   if (number < n.vectors()) {
@@ -239,43 +244,35 @@ __device__ __forceinline__ A interface_gradient(const Backward<A>& p, int64_t at
 }
 
 // dL/dh_t, and from it the gradients of the gates and of c_{t-1}. Each block makes the interface's
-// gradient for itself, a piece at a time; the first of its rows keeps it.
+// gradient for itself; the first of its rows keeps it.
 template <class A>
-__global__ __launch_bounds__(kWarps* kWarp) void lstm_step_backward(const Backward<A> p,
-                                                                    const int64_t t) {
-  constexpr int kPiece = kWarps * kWarp;
-  __shared__ A grads[kRows][kPiece];
+__global__ __launch_bounds__(kThreads) void lstm_step_backward(const Backward<A> p,
+                                                               const int64_t t) {
+  __shared__ A grads[kRows][kThreads];  // every thread has a column, which it alone uses
   const Sizes& n = p.sizes;
   const int64_t H = n.hidden, B = n.batch, P = n.numbers();
   const int thread = static_cast<int>(threadIdx.x);
   const Part part(H);
-  const bool keeps = blockIdx.x % Part::blocks(H) == 0;
   A sums[kWarp] = {};
 #pragma unroll 1
-  for (int64_t first = 0; first < P; first += kPiece) {
-    __syncthreads();
-    if (first + thread < P) {
+  for (int64_t first = 0; first + thread < P; first += kThreads) {
 #pragma unroll 1
-      for (int row = 0; row < kRows; ++row) {
-        const int64_t at = t * B + part.b0 + row;
-        A grad = 0;
-        if (part.b0 + row < B) {
-          grad = interface_gradient(p, at, first + thread);
-          if (keeps) p.grad_interface[at * P + first + thread] = grad;
-        }
-        grads[row][thread] = grad;
+    for (int row = 0; row < kRows; ++row) {
+      const int64_t at = t * B + part.b0 + row;
+      A grad = 0;
+      if (part.b0 + row < B) {
+        grad = interface_gradient(p, at, first + thread);
+        if (part.first == 0) p.grad_interface[at * P + first + thread] = grad;
       }
+      grads[row][thread] = grad;
     }
-    __syncthreads();
-    if (!part.is_empty())
-      add_products(sums, p.interface_columns + part.first * P + first, P,
-                   static_cast<int>(min(int64_t{kOutputs}, H - part.first)),
-                   min(int64_t{kPiece}, P - first),
-                   [&](int row, int64_t k) { return grads[row][k]; });
+    add_products(sums, p.interface_columns + part.first * P + first, P, part.outputs(),
+                 min(int64_t{kThreads}, P - first),
+                 [&](int row, int64_t k) { return grads[row][k]; });
   }
   A dh = sum_scattered(sums);
   const int64_t unit = part.first + part.output, b = part.b(), at = t * B + b;
-  if (unit >= H || b >= B) return;
+  if (threadIdx.x >= kWarp || unit >= H || b >= B) return;
   dh += p.grad_h[b * H + unit];
   if (p.grad_hidden != nullptr) dh += p.grad_hidden[at * H + unit];
   const A* gates = p.gates + at * 4 * H + unit;
@@ -295,22 +292,19 @@ __global__ __launch_bounds__(kWarps* kWarp) void lstm_step_backward(const Backwa
 
 // dL/dh_{t-1} by way of step t, and what that adds to dL/dr_{t-1}.
 template <class A>
-__global__ __launch_bounds__(kWarps* kWarp) void state_backward(const Backward<A> p,
-                                                                const int64_t t) {
+__global__ __launch_bounds__(kThreads) void state_backward(const Backward<A> p, const int64_t t) {
   const Sizes& n = p.sizes;
   const int64_t H = n.hidden, R = n.reads(), B = n.batch, depth = 4 * H;
   const Part part(H + R);
-  if (part.is_empty()) return;
   const A* d = p.grad_gates + t * B * depth;
   A sums[kWarp] = {};
-  add_products(sums, p.state_columns + part.first * depth, depth,
-               static_cast<int>(min(int64_t{kOutputs}, part.count - part.first)), depth,
+  add_products(sums, p.state_columns + part.first * depth, depth, part.outputs(), depth,
                [&](int row, int64_t k) {
                  return part.b0 + row < B ? d[(part.b0 + row) * depth + k] : A(0);
                });
   A grad = sum_scattered(sums);
   const int64_t column = part.first + part.output, b = part.b();
-  if (column >= part.count || b >= B) return;
+  if (threadIdx.x >= kWarp || column >= part.count || b >= B) return;
   if (p.reset != nullptr && p.reset[t * B + b]) grad = 0;
   if (column < H)
     p.grad_h[b * H + column] = grad;
@@ -322,13 +316,12 @@ __global__ __launch_bounds__(kWarps* kWarp) void state_backward(const Backward<A
 
 // [h_{t-1}, r_{t-1}] of every step, rows of T B.
 template <class A>
-__global__ __launch_bounds__(kWarps* kWarp) void gather_state(const Sizes n, const A* h,
-                                                              const A* reads, const A* hidden,
-                                                              const A* all_reads, const bool* reset,
-                                                              A* state) {
+__global__ __launch_bounds__(kThreads) void gather_state(const Sizes n, const A* h, const A* reads,
+                                                         const A* hidden, const A* all_reads,
+                                                         const bool* reset, A* state) {
   const int64_t row = blockIdx.x, H = n.hidden, R = n.reads();
   const bool ended = reset != nullptr && reset[row], first = row < n.batch;
-  for (int64_t k = threadIdx.x; k < H + R; k += kWarps * kWarp) {
+  for (int64_t k = threadIdx.x; k < H + R; k += kThreads) {
     A x = 0;
     if (!ended && k < H)
       x = first ? h[row * H + k] : hidden[(row - n.batch) * H + k];
@@ -346,12 +339,12 @@ A* pointer(const std::optional<Tensor>& tensor) {
 }
 using lrua::pointer;
 
-// Launches Kernel(p, t) with a warp for every kRows rows of the batch and kOutputs outputs.
+// Launches Kernel(p, t) with a block for every kRows rows of the batch and kOutputs outputs.
 template <auto Kernel, class Arguments>
 void launch_products(const OnDevice& device, int64_t outputs, const Arguments& p, int64_t t) {
   const int64_t row_groups = (p.sizes.batch + kRows - 1) / kRows;
-  launch<Kernel>({.grid = lrua::grid_size(row_groups * Part::blocks(outputs)),
-                  .block = kWarps * kWarp,
+  launch<Kernel>({.grid = lrua::grid_size(row_groups * Part::groups(outputs)),
+                  .block = kThreads,
                   .stream = device.stream()},
                  p, t);
 }
@@ -592,7 +585,7 @@ lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor>
         launch_products<state_backward<A>>(device, H + R, p, t);
       });
       launch<gather_state<A>>(
-          {.grid = lrua::grid_size(all), .block = kWarps * kWarp, .stream = device.stream()}, n,
+          {.grid = lrua::grid_size(all), .block = kThreads, .stream = device.stream()}, n,
           pointer<const A>(h), pointer<const A>(reads), pointer<const A>(hidden),
           pointer<const A>(all_reads), p.reset, pointer<A>(state));
     });
