@@ -358,6 +358,8 @@ def test_the_models_state_is_checked_by_name():
     for wrong in (state, state._replace(reads=torch.zeros(5, 15, dtype=torch.float64))):
         with pytest.raises(ValueError, match="batch size changed"):
             model(x, wrong)
+    with pytest.raises(TypeError, match="expected state to be a tuple of tensors"):
+        model(x, model.initial_state(5)._replace(memory=None))
 
 
 # ---------------------------------------------------------------- bad input

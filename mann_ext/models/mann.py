@@ -155,6 +155,7 @@ class MANN(nn.Module):
         _inputs.check_reset_mask("MANN", reset_mask, x)
         state = self._checked_state(state, x)
         if self.read_feedback and x.shape[0] > 0:
+            self.memory.check_state(state.memory, x.shape[1], x)
             run = self._fused if self._fuses(x, state) else self._stepwise
             features, state = run(x, state, reset_mask)
         elif x.shape[0] == 0:
@@ -196,7 +197,6 @@ class MANN(nn.Module):
     ) -> tuple[Tensor, MANNState]:
         controller, memory = self.controller, self.memory
         assert isinstance(controller, LSTMController)
-        memory.check_state(state.memory, x.shape[1], x)
         h, c, reads, weights, usage = (
             part.to(x.dtype)
             for part in (
