@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from mann_ext import _library, ops, reference
 from mann_ext._library import backend
 from mann_ext.models import MANN
+from mann_ext.ops import lstm_lrua as module
 from tests.samples import Sample, _lstm_lrua_sample, lstm_lrua_samples
 from tests.test_lrua import relative
 
@@ -155,6 +158,40 @@ def test_nothing_is_saved_without_gradients():
     if _library.native_available():
         history = torch.ops.mann_ext.lstm_lrua_scan(*raw_arguments(sample, save=False))[6:]
         assert all(x.numel() == 0 for x in history)
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_the_gradient_of_one_output_alone(which: int):
+    sample, results = next(s for s in SAMPLES if s.name == "everything"), []
+    for function in (ops.lstm_lrua_scan, reference.lstm_lrua_scan):
+        args = learnt(sample)
+        total = function(*args, **sample.options)[which].sin().sum()
+        inputs = [x for i, x in enumerate(args) if x is not None and i not in (USAGE, RESET)]
+        results.append(
+            torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+        )
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+
+
+@native
+def test_an_input_without_gradient_gets_none_computed():
+    sample = SAMPLES[0]
+    args = [
+        x if i == 7 else x.detach() if x is not None else x for i, x in enumerate(learnt(sample))
+    ]
+    output = ops.lstm_lrua_scan(*args)
+    found = {}
+
+    def note(*call: Any) -> Any:
+        found["x"], found["memory"] = (result := backward(*call))[0], result[4]
+        return result
+
+    backward = torch.ops.mann_ext.lstm_lrua_scan_backward
+    with mock.patch.object(torch.ops.mann_ext, "lstm_lrua_scan_backward", note):
+        output.reads.sum().backward()
+    assert args[7].grad.abs().sum() > 0
+    assert found["x"].numel() == found["memory"].numel() == 0
 
 
 SMALL = ["typical", "contents", "strength_per_step", "reset", "one_of_each", "shared", "tanh"]
@@ -359,7 +396,7 @@ def test_the_models_state_is_checked_by_name():
         with pytest.raises(ValueError, match="batch size changed"):
             model(x, wrong)
     with pytest.raises(TypeError, match="expected state to be a tuple of tensors"):
-        model(x, model.initial_state(5)._replace(memory=None))
+        model(x, model.initial_state(5)._replace(memory=x))
 
 
 # ---------------------------------------------------------------- bad input
@@ -401,6 +438,11 @@ def test_other_bad_input_is_named():
         ops.lstm_lrua_scan(**given, write_content=True)
     with pytest.raises(ValueError, match="usage_decay"):
         ops.lstm_lrua_scan(**given, usage_decay=1.5)
+
+
+def test_the_docstrings_example_runs():
+    assert doctest.testmod(module).attempted > 0
+    assert doctest.testmod(module).failed == 0
 
 
 @native

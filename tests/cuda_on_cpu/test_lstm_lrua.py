@@ -23,6 +23,7 @@ forms = pytest.mark.parametrize(
 test_slots = test_lstm_lrua.test_native_chooses_the_same_slots_unforced
 test_sixteen_bit = test_lstm_lrua.test_sixteen_bit_memory_is_rounded_every_step
 test_nothing_saved = test_lstm_lrua.test_nothing_is_saved_without_gradients
+test_one_output = test_lstm_lrua.test_the_gradient_of_one_output_alone
 test_pieces = test_lstm_lrua.test_pieces_with_the_state_carried_equal_the_whole
 test_reset = test_lstm_lrua.test_a_reset_forgets_everything_even_nan
 test_autocast = test_lstm_lrua.test_autocast_keeps_the_sums_in_float32
