@@ -135,7 +135,29 @@ def paper_size(repeats: int, compile_steps: int) -> list[dict[str, Any]]:
     rows.append({"what": "training step, LSTM 200", "steps": 50, **size}
                 | {"ms": side_by_side({k: [training_step(m())] for k, m in steps.items()},
                                       repeats)})  # fmt: skip
+    feedback = {
+        name: gradients(
+            MANN(
+                405, 5, read_strength=10.0, learn_strength="per_head", read_feedback=True,
+                fused=fused,
+            )
+        )
+        for name, fused in (("native", None), ("step by step", False))
+    }  # fmt: skip
+    contenders = {name: [run] for name, run in feedback.items()}
+    contenders |= {f"{name}, CUDA graph": [captured(run)] for name, run in feedback.items()}
+    rows.append({"what": "read feedback, forward + backward, LSTM 200", "steps": 50, **size}
+                | {"ms": side_by_side(contenders, repeats)})  # fmt: skip
     return rows
+
+
+def gradients(model: torch.nn.Module) -> Run:
+    """A training step without the optimiser's."""
+    model = model.to(DEVICE)
+    parameters = list(model.parameters())
+    x = torch.rand(50, 16, 405, device=DEVICE)
+    y = torch.randint(5, (50 * 16,), device=DEVICE)
+    return lambda: torch.autograd.grad(F.cross_entropy(model(x)[0].flatten(0, 1), y), parameters)
 
 
 def training_step(model: torch.nn.Module) -> Run:

@@ -61,7 +61,7 @@ def run(repeats: int = 15, compile_steps: int = 0, large: bool = True) -> dict[s
                     **measure.side_by_side(
                         {
                             "native" if name == "feedback" else name: workloads.training_step(name)
-                            for name in ("feedback", *others)
+                            for name in ("feedback", "stepwise", *others)
                         },
                         min(repeats, 5),
                         1,
@@ -191,7 +191,7 @@ def show(report: dict[str, Any]) -> None:
         times = row.get("native", {})
         native = times.get("median_ms", times.get("min_ms"))
         rest = []
-        for name in ("eager", "reference", "lstm", "native_lstm", "dnc", "compiled"):
+        for name in ("eager", "reference", "stepwise", "lstm", "native_lstm", "dnc", "compiled"):
             if name in row:
                 ratio = row[name]["median_ms"] / native
                 rest.append(f"{name} {row[name]['median_ms']:.3g} ms ({ratio:.2f}x)")

@@ -126,6 +126,9 @@ _MODELS: dict[str, Callable[[], nn.Module]] = {
     "feedback": lambda: MANN(
         405, 5, read_strength=10.0, learn_strength="per_head", read_feedback=True
     ),
+    "stepwise": lambda: MANN(
+        405, 5, read_strength=10.0, learn_strength="per_head", read_feedback=True, fused=False
+    ),
     "native_lstm": lambda: LSTM(405, 5),
     "eager": lambda: PlainMANN(_SCANS["eager"]),
     "reference": lambda: PlainMANN(_SCANS["reference"]),

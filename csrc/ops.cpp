@@ -34,4 +34,29 @@ STABLE_TORCH_LIBRARY(mann_ext, m) {
       "Tensor gates, Tensor cells, bool need_x_grad) -> "
       "(Tensor grad_x, Tensor grad_h, Tensor grad_c, Tensor grad_weight_ih, "
       "Tensor grad_weight_hh, Tensor grad_bias)");
+  m.def(
+      "lstm_lrua_scan(Tensor x, Tensor h, Tensor c, Tensor reads, Tensor memory, "
+      "Tensor read_weights, Tensor usage, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "
+      "Tensor bias_hh, Tensor interface_weight, Tensor interface_bias, Tensor? strengths, "
+      "Tensor? reset, bool tanh_keys, bool write_content, bool strength_per_step, "
+      "float usage_decay, bool shared, float eps, float initial_value, int snapshot_every, "
+      "bool save_for_backward) -> "
+      "(Tensor hidden, Tensor all_reads, Tensor c_out, Tensor memory_out, "
+      "Tensor read_weights_out, Tensor usage_out, Tensor gates, Tensor cells, Tensor keys, "
+      "Tensor write_gates, Tensor step_strengths, Tensor contents, Tensor weight_history, "
+      "Tensor slot_history, Tensor erased_rows, Tensor snapshots)");
+  m.def(
+      "lstm_lrua_scan_backward(Tensor? grad_hidden, Tensor? grad_reads, Tensor? grad_c_out, "
+      "Tensor? grad_memory, Tensor? grad_read_weights, Tensor x, Tensor h, Tensor c, "
+      "Tensor reads, Tensor memory, Tensor read_weights, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor interface_weight, Tensor? strengths, Tensor? reset, Tensor hidden, "
+      "Tensor all_reads, Tensor memory_out, Tensor gates, Tensor cells, Tensor keys, "
+      "Tensor write_gates, Tensor step_strengths, Tensor contents, Tensor weight_history, "
+      "Tensor slot_history, Tensor erased_rows, Tensor snapshots, bool tanh_keys, "
+      "bool write_content, bool strength_per_step, bool shared, float eps, float initial_value, "
+      "int snapshot_every, bool need_x_grad, bool need_memory_grad) -> "
+      "(Tensor grad_x, Tensor grad_h, Tensor grad_c, Tensor grad_reads_in, Tensor grad_memory_in, "
+      "Tensor grad_read_weights_in, Tensor grad_weight_ih, Tensor grad_weight_hh, "
+      "Tensor grad_bias, Tensor grad_interface_weight, Tensor grad_interface_bias, "
+      "Tensor grad_strengths)");
 }

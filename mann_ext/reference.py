@@ -3,7 +3,7 @@
 The LRUA memory is that of Santoro et al., *One-shot learning with memory-augmented neural networks*
 (2016). Symbols: M memory (B, N, W); w_r, w_w read and write weights (B, R, N); u usage (B, N);
 k keys, a contents (B, R, W); g gates, beta strengths (B, R). B batch, N slots, W slot width,
-R heads, T steps.
+R heads, T steps. Of an LSTM: h hidden state, c cell (B, H).
 
 Memory keeps its own dtype: it is rounded to it after every write, and what is read is the rounded
 memory. Everything else is in the accumulation dtype: float64 for float64 memory, else float32.
@@ -26,6 +26,7 @@ __all__ = [
     "lrua_scan",
     "lrua_step",
     "lrua_trace",
+    "lstm_lrua_scan",
     "write_weights",
 ]
 
@@ -68,11 +69,16 @@ def least_used_slots(usage: Tensor, count: int) -> Tensor:
     return torch.sort(usage.detach(), dim=-1, stable=True).indices[..., :count]
 
 
+def one_hot_slots(slots: Tensor, num_slots: int) -> Tensor:
+    """(..., n) -> (..., n, N) bool. (torch's own one_hot fails under vmap.)"""
+    return slots.unsqueeze(-1) == torch.arange(num_slots, device=slots.device)
+
+
 def write_weights(read_weights: Tensor, gates: Tensor, slots: Tensor, least_used: str) -> Tensor:
     """w_w = g w_r,{t-1} + (1 - g) lu (eqs. 6, 22), (B, R, N), from ``read_weights`` of the step
     before, ``gates`` (B, R) and the least-used ``slots`` (B, n)."""
     heads, num_slots = read_weights.shape[-2:]
-    one_hot = torch.nn.functional.one_hot(slots, num_slots).to(read_weights.dtype)  # (B, n, N)
+    one_hot = one_hot_slots(slots, num_slots).to(read_weights.dtype)  # (B, n, N)
     if least_used == "shared":
         least = one_hot.sum(1, keepdim=True).expand_as(read_weights)
     else:
@@ -125,7 +131,7 @@ def _step(
     written = write_weights(read_weights, gates, slots, least_used)
 
     # 3. Erase those slots, 4. and write: M = erased(M) + sum_r w_w,r a_r^T (eq. 7).
-    erased = torch.nn.functional.one_hot(slots, num_slots).sum(1).bool().unsqueeze(-1)
+    erased = one_hot_slots(slots, num_slots).any(1).unsqueeze(-1)
     kept = memory.to(keys.dtype).masked_fill(erased, 0.0)
     memory = (kept + written.transpose(1, 2) @ contents).to(memory.dtype)
     stored = memory.to(keys.dtype)
@@ -267,6 +273,91 @@ def lrua_trace(
         weights, weights, usage.new_zeros(0, batch, count), slots,
         memory.new_zeros(0, batch, count, width),
     )  # fmt: skip
+
+
+def lstm_lrua_scan(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    reads: Tensor,
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    interface_weight: Tensor,
+    interface_bias: Tensor,
+    strengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    key_activation: str = "none",
+    write_content: bool = False,
+    strength_per_step: bool = False,
+    usage_decay: float = 0.99,
+    least_used: str = "per_head",
+    eps: float = 1e-8,
+    initial_value: float = 1e-6,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """T steps of an LSTM and the memory it reads, r_{t-1} fed back to its gates.
+
+    ``weight_ih`` (4H, I + R W), ``weight_hh`` (4H, H) and the biases (4H,) are those of an
+    ``nn.LSTM`` of inputs [x_t, r_{t-1}]; ``interface_weight`` (P, H) and its bias (P,) make keys,
+    contents if ``write_content``, gates, and strengths if ``strength_per_step`` from h_t.
+    ``strengths`` (R,): the same at every step.
+
+    ``(hidden, reads, c, memory, read_weights, usage, slots)``: h_t (T, B, H) and r_t (T, B, R, W)
+    of every step, the state after the last; ``slots`` (T, B, n) forces the choice of slots.
+    """
+    steps, (batch, heads, width) = x.shape[0], reads.shape
+    outputs, chosen = [], []
+    fresh = fresh_state(
+        batch, heads, memory.shape[1], width, initial_value, memory.dtype, memory.device
+    )
+    for t in range(steps):
+        if reset is not None:
+            again = reset[t].view(batch, 1, 1)
+            h, c = h.masked_fill(again[:, 0], 0.0), c.masked_fill(again[:, 0], 0.0)
+            reads = reads.masked_fill(again, 0.0)
+            memory = torch.where(again, fresh[0], memory)
+            read_weights = torch.where(again, fresh[1], read_weights)
+            usage = torch.where(again[:, 0], fresh[2], usage)
+
+        # The LSTM, its gates in the order of nn.LSTM.
+        inputs = torch.cat([x[t], reads.flatten(1)], -1)
+        gates = inputs @ weight_ih.t() + bias_ih + h @ weight_hh.t() + bias_hh
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+
+        # What the memory is given.
+        interface = h @ interface_weight.t() + interface_bias
+        count = 2 if write_content else 1
+        vectors, scalars = interface.tensor_split([count * heads * width], -1)
+        if key_activation == "tanh":
+            vectors = vectors.tanh()
+        keys, *contents = vectors.unflatten(-1, (count, heads, width)).unbind(1)
+        write_gates = scalars[:, :heads].sigmoid()
+        beta = None if strengths is None else strengths.expand(batch, heads)
+        if strength_per_step:
+            beta = torch.nn.functional.softplus(scalars[:, heads:])
+
+        reads, memory, read_weights, usage, used, _ = _step(
+            memory, read_weights, usage, keys, write_gates, beta,
+            contents[0] if write_content else None,
+            usage_decay, least_used, eps, None if slots is None else slots[t],
+        )  # fmt: skip
+        outputs.append((h, reads))
+        chosen.append(used)
+    if steps == 0:
+        count = min(heads, memory.shape[1])
+        nothing = torch.zeros((0, batch, count), dtype=torch.long, device=h.device)
+        hidden = x.new_zeros(0, *h.shape), x.new_zeros(0, *reads.shape)
+        return *hidden, c.clone(), memory.clone(), read_weights.clone(), usage.clone(), nothing
+    all_h, all_reads = (torch.stack(part) for part in zip(*outputs, strict=True))
+    return all_h, all_reads, c, memory, read_weights, usage, torch.stack(chosen)
 
 
 def content_read(

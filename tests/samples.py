@@ -31,7 +31,7 @@ class Sample:
         return Sample(self.name, converted, self.options, self.extreme)
 
     def _stored(self) -> tuple[int, ...]:
-        return (0,) if len(self.args) == 8 else (1, 2)  # the memory; keys and values
+        return {8: (0,), 15: (4,)}.get(len(self.args), (1, 2))  # the memory; keys and values
 
 
 def _lrua_sample(
@@ -119,6 +119,85 @@ def lrua_samples(seed: int = 0) -> list[Sample]:
         _lrua("sharp", strength=60.0, extreme=True),
         _lrua("huge", scale=1e12, extreme=True),
         _lrua("tiny", scale=1e-12, extreme=True),
+    ]
+
+
+def _lstm_lrua_sample(
+    name: str,
+    steps: int = 5,
+    batch: int = 2,
+    slots: int = 20,
+    width: int = 6,
+    heads: int = 2,
+    inputs: int = 4,
+    hidden: int = 7,
+    *,
+    strength: float | None = 2.0,
+    reset: bool = False,
+    constant: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Sample:
+    # The memory and its state are as for lrua_scan; the weights as in trained networks.
+    memory, read_weights, usage, *_, chosen = _lrua_sample(
+        name, steps, batch, slots, width, heads, reset=reset, constant=constant, seed=seed
+    ).args
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) + 1000 * seed + 1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return normal(rows, columns) * columns**-0.5
+
+    per_step = options.get("strength_per_step", False)
+    numbers = heads * width * (2 if options.get("write_content") else 1)
+    numbers += heads * (2 if per_step else 1)
+    args = (
+        normal(steps, batch, inputs),
+        normal(batch, hidden),
+        normal(batch, hidden),
+        normal(batch, heads, width),
+        memory,
+        read_weights,
+        usage,
+        weight(4 * hidden, inputs + heads * width),
+        weight(4 * hidden, hidden),
+        normal(4 * hidden),
+        normal(4 * hidden),
+        2 * weight(numbers, hidden),
+        normal(numbers),
+        None if strength is None or per_step else strength * normal(heads).exp(),
+        chosen,
+    )
+    return Sample(name, args, options)
+
+
+def lstm_lrua_samples(seed: int = 0) -> list[Sample]:
+    """Arguments of lstm_lrua_scan in its order, float64."""
+    _cell = partial(_lstm_lrua_sample, seed=seed)
+    every: dict[str, Any] = {
+        "key_activation": "tanh", "write_content": True, "strength_per_step": True
+    }  # fmt: skip
+    return [
+        _cell("typical"),
+        _cell("paper", 4, 2, 128, 40, 4, 70, 50, strength=None),
+        _cell("tanh", key_activation="tanh"),
+        _cell("contents", write_content=True),
+        _cell("strength_per_step", strength_per_step=True),
+        _cell("everything", 6, 3, least_used="shared", reset=True, **every),
+        _cell("shared", heads=3, least_used="shared"),
+        _cell("episode_start", 8, constant=True),
+        _cell("reset", 9, 3, reset=True),
+        _cell("one_of_each", 3, 1, 1, 1, 1, 1, 1),
+        _cell("one_head_width_one", heads=1, width=1, reset=True),
+        _cell("more_heads_than_slots", slots=3, heads=5),
+        _cell("odd_sizes", 4, 19, 65, 9, 3, 5, 17, **every),
+        _cell("eight_heads", slots=70, heads=8),
+        _cell("several_blocks", 3, 1, 2500, 8, 4, 30, 40),
+        _cell("one_step", 1, reset=True),
+        _cell("no_steps", 0),
+        _cell("no_batch", batch=0),
     ]
 
 

@@ -36,7 +36,7 @@ def test_the_plain_model_is_the_mann():
     torch.testing.assert_close(plain(x)[0], mann(x)[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["native", "feedback", "native_lstm", "eager", "lstm"])
+@pytest.mark.parametrize("name", ["native", "feedback", "stepwise", "native_lstm", "eager", "lstm"])
 def test_every_training_step_runs(name: str):
     workloads.training_step(name, batch=2, steps=3)()
 

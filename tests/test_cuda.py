@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from mann_ext import LRUAMemory, _library, ops
 from mann_ext._library import backend
-from tests import test_content, test_lrua
+from mann_ext.models import MANN
+from tests import test_content, test_lrua, test_lstm_lrua
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -49,17 +50,22 @@ def on_gpu() -> Iterator[None]:
         mock.patch.object(test_lrua.ops, "lrua_scan", moved(ops.lrua_scan)),
         mock.patch.object(test_lrua.ops, "lrua_step", moved(ops.lrua_step)),
         mock.patch.object(test_content.ops, "content_read", moved(ops.content_read)),
-        mock.patch.object(test_lrua, "native_slots", _native_slots),
+        mock.patch.object(test_lstm_lrua.ops, "lstm_lrua_scan", moved(ops.lstm_lrua_scan)),
+        mock.patch.object(test_lrua, "native_slots", _raw(test_lrua.native_slots)),
+        mock.patch.object(test_lstm_lrua, "native_slots", _raw(test_lstm_lrua.native_slots)),
     ):
         yield
 
 
-def _native_slots(sample: Any) -> torch.Tensor:
-    with mock.patch.object(torch.ops, "mann_ext", _Raw()):
-        return _SLOTS(sample)
+def _raw(slots: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """The same function with the raw operators it calls on the GPU."""
 
+    def run(sample: Any) -> torch.Tensor:
+        with mock.patch.object(torch.ops, "mann_ext", _Raw()):
+            return slots(sample)
 
-_SLOTS = test_lrua.native_slots
+    return run
+
 
 # The operators' own tests, unchanged.
 test_float64 = test_lrua.test_native_equals_the_reference_in_float64
@@ -79,6 +85,13 @@ test_content_float64 = test_content.test_native_equals_the_reference_in_float64
 test_content_float32 = test_content.test_float32_error_is_at_most_twice_the_references_own
 test_content_sixteen_bit = test_content.test_sixteen_bit_keys_are_summed_in_float32
 test_content_derivatives = test_content.test_gradcheck_and_gradgradcheck
+test_cell_float64 = test_lstm_lrua.test_native_equals_the_reference_in_float64
+test_cell_slots = test_lstm_lrua.test_native_chooses_the_same_slots_unforced
+test_cell_float32 = test_lstm_lrua.test_float32_error_is_at_most_twice_the_references_own
+test_cell_sixteen_bit = test_lstm_lrua.test_sixteen_bit_memory_is_rounded_every_step
+test_cell_derivatives = test_lstm_lrua.test_first_and_second_derivatives
+test_cell_one_output = test_lstm_lrua.test_the_gradient_of_one_output_alone
+test_cell_reset = test_lstm_lrua.test_a_reset_forgets_everything_even_nan
 test_content_empty_mask = test_content.test_a_query_that_may_read_nothing_reads_zeros
 
 
@@ -143,6 +156,34 @@ def test_a_cuda_graph_repeats_forward_and_backward(slots: int):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("slots", [128, 20_000])
+def test_a_cuda_graph_repeats_a_model_with_read_feedback(slots: int):
+    torch.manual_seed(0)
+    model = MANN(30, 5, 40, num_slots=slots, read_feedback=True, device=DEVICE)
+    parameters, x = list(model.parameters()), torch.randn(6, 5, 30, device=DEVICE)
+
+    def run() -> list[torch.Tensor]:
+        y, _ = model(x)
+        return [y, *torch.autograd.grad(y.sin().sum(), parameters)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    x.neg_()
+    graph.replay()
+    for a, b in zip(captured, run(), strict=True):
+        torch.testing.assert_close(a, b)
+    looped = MANN(30, 5, 40, num_slots=slots, read_feedback=True, fused=False, device=DEVICE)
+    looped.load_state_dict(model.state_dict())
+    torch.testing.assert_close(looped(x)[0], captured[0], rtol=1e-4, atol=1e-5)
+
+
 def test_more_numbers_than_32_bits_count():
     slots, width = 2**25 + 3, 65
     if torch.cuda.mem_get_info()[0] < 6 * 2 * slots * width:
@@ -183,6 +224,6 @@ def test_the_module_trains_as_on_the_cpu():
 
 
 def test_the_library_has_every_cuda_kernel():
-    assert {"lrua_scan", "lrua_scan_backward", "content_read", "content_read_backward"} <= (
-        _library.native_operators("cuda")
-    )
+    names = {"lrua_scan", "content_read", "lstm_lrua_scan"}
+    names |= {f"{name}_backward" for name in names}
+    assert names <= _library.native_operators("cuda")

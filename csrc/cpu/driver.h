@@ -1,7 +1,9 @@
 // What the CPU drivers of all operator families share: scratch memory, storage types, threading.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -58,6 +60,49 @@ inline Scratch allocate(int64_t bytes) {
   if (p == nullptr) throw std::bad_alloc();
   prefer_huge_pages(p, size);
   return Scratch(p);
+}
+
+// The scratch memory of one call. Up to kKept bytes stay with the thread for its next call: fresh
+// pages cost more than a third of what the kernels take.
+class Workspace {
+ public:
+  explicit Workspace(std::initializer_list<int64_t> parts) {
+    int64_t bytes = 0;
+    for (const int64_t part : parts) bytes += rounded(part);
+    thread_local Scratch kept;
+    thread_local int64_t kept_bytes = 0;
+    if (bytes > kKept) {
+      own_ = allocate(bytes);
+    } else if (bytes > kept_bytes) {
+      kept_bytes = 0;
+      kept.reset();
+      kept = allocate(bytes);
+      kept_bytes = bytes;
+    }
+    next_ = static_cast<char*>(own_ ? own_.get() : kept.get());
+  }
+
+  // The parts one after the other, in the order and of the sizes given.
+  void* take(int64_t bytes) {
+    void* part = next_;
+    next_ += rounded(bytes);
+    return part;
+  }
+
+ private:
+  static constexpr int64_t kKept = int64_t{32} << 20;
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  Scratch own_;
+  char* next_;
+};
+
+// body(first, end) over rows, shared between the threads in whole tiles.
+template <class Body>
+void parallel_rows(int64_t rows, const Body& body) {
+  constexpr int64_t kTile = 8;
+  parallel((rows + kTile - 1) / kTile,
+           [&](int64_t begin, int64_t end) { body(begin * kTile, std::min(rows, end * kTile)); });
 }
 
 // Runs sequence(b, each_block) for every batch element: whole elements on each thread or, where

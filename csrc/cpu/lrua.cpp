@@ -6,49 +6,13 @@
 #include <cmath>
 #include <tuple>
 
-#include "cpu/driver.h"
-#include "cpu/isa.h"
-#include "lrua_tensors.h"
+#include "cpu/lrua_driver.h"
 
 namespace mann_ext::lrua {
 namespace {
 
-const Kernels& kernels(Storage storage) {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::lrua_kernels(storage);
-  if (current_isa() == Isa::avx2) return avx2::lrua_kernels(storage);
-#endif
-  return baseline::lrua_kernels(storage);
-}
-
 // From this many numbers a batch element on, the writes of several steps are deferred together.
 constexpr int64_t kDeferNumbers = int64_t{1} << 22;
-
-// As many tiles as keep the memory and its gradient within a 1 MB second-level cache.
-int64_t tiles_a_block(int64_t width, int64_t acc_bytes) {
-  const int64_t bytes = std::max<int64_t>(1, width) * kTile * acc_bytes;
-  return std::clamp<int64_t>((320 << 10) / bytes, 1, 32);
-}
-
-Shape make_shape(const Sizes& sizes, ScalarType acc) {
-  Shape s{sizes, sizes.padded / kTile, 0, 0};
-  s.block_tiles = tiles_a_block(s.width, acc == ScalarType::Double ? 8 : 4);
-  s.blocks = (s.tiles + s.block_tiles - 1) / s.block_tiles;
-  return s;
-}
-
-Inputs make_inputs(const Given& in) {
-  return {in.memory.const_data_ptr(),
-          in.memory.stride(0),
-          in.memory.stride(1),
-          in.memory.stride(2),
-          in.read_weights.const_data_ptr(),
-          in.keys.const_data_ptr(),
-          in.gates.const_data_ptr(),
-          data(in.strengths),
-          in.contents.has_value() ? in.contents->const_data_ptr() : in.keys.const_data_ptr(),
-          static_cast<const bool*>(data(in.reset))};
-}
 
 // Steps whose writes are deferred together: what was asked for, or by size.
 int64_t steps_a_chunk(const Shape& s, ScalarType dtype, int64_t asked, bool snapshots) {
@@ -94,29 +58,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
     int64_t chunk, bool save_for_backward) {
   constexpr const char* op = "lrua_scan";
   const Given in{memory, read_weights, keys, gates, strengths, contents, reset};
-  Forward p{};
-  const Shape s = p.shape = make_shape(check_arguments(op, in), in.acc());
+  const Shape s = make_shape(check_arguments(op, in), in.acc());
   check(op, in, "usage", usage, {s.batch, s.slots}, in.acc());
   check_options(snapshot_every, chunk);
   const bool snapshots = save_for_backward && snapshot_every > 0;
-  p.options = {usage_decay,    eps,
-               initial_value,  shared,
-               snapshot_every, steps_a_chunk(s, in.dtype(), chunk, snapshots)};
-  p.in = make_inputs(in);
-  p.usage = usage.const_data_ptr();
+  const Options options{usage_decay,    eps,
+                        initial_value,  shared,
+                        snapshot_every, steps_a_chunk(s, in.dtype(), chunk, snapshots)};
   Outputs out = make_outputs(in, s, snapshot_every, save_for_backward);
-  p.reads = out.reads.mutable_data_ptr();
-  p.memory_out = out.memory.mutable_data_ptr();
-  p.weights_out = out.weights.mutable_data_ptr();
-  p.usage_out = out.usage.mutable_data_ptr();
-  if (save_for_backward) {
-    p.weight_history = out.weight_history.mutable_data_ptr();
-    p.slot_history = out.slot_history.mutable_data_ptr<int64_t>();
-    if (snapshot_every != 1) p.erased_rows = out.erased_rows.mutable_data_ptr();
-    if (snapshots) p.snapshots = out.snapshots.mutable_data_ptr();
-  }
-  for (const Tensor& large : {out.memory, out.weights, out.weight_history, out.snapshots})
-    prefer_huge_pages(large);
+  const Forward p = make_forward(in, s, options, usage, out, save_for_backward);
 
   if (s.steps == 0) {
     pass_through(out, in, usage);
@@ -155,28 +105,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
   const Given in{memory, read_weights, keys, gates, strengths, contents, reset};
   const Saved saved{grad_reads,     grad_memory,  grad_read_weights, reads,    memory_out,
                     weight_history, slot_history, erased_rows,       snapshots};
-  Backward p{};
-  const Shape s = p.shape = make_shape(check_arguments(op, in), in.acc());
+  const Shape s = make_shape(check_arguments(op, in), in.acc());
   check_saved(op, in, s, saved, snapshot_every);
-  p.options = {0, eps, initial_value, shared, snapshot_every, 1};
-  p.in = make_inputs(in);
   Gradients out = make_gradients(in, s, need_memory_grad);
-  for (const Tensor& large : {out.memory, out.read_weights}) prefer_huge_pages(large);
-  p.reads = reads.const_data_ptr();
-  p.memory_out = memory_out.const_data_ptr();
-  p.weight_history = weight_history.const_data_ptr();
-  p.slot_history = slot_history.const_data_ptr<int64_t>();
-  p.erased_rows = erased_rows.const_data_ptr();
-  p.snapshots = snapshots.const_data_ptr();
-  p.grad_reads = grad_reads.const_data_ptr();
-  p.grad_memory = data(grad_memory);
-  p.grad_weights = data(grad_read_weights);
-  p.grad_memory_in = need_memory_grad ? out.memory.mutable_data_ptr() : nullptr;
-  p.grad_weights_in = out.read_weights.mutable_data_ptr();
-  p.grad_keys = out.keys.mutable_data_ptr();
-  p.grad_gates = out.gates.mutable_data_ptr();
-  p.grad_strengths = strengths.has_value() ? out.strengths.mutable_data_ptr() : nullptr;
-  p.grad_contents = contents.has_value() ? out.contents.mutable_data_ptr() : nullptr;
+  const Backward p =
+      make_backward(in, s, {0, eps, initial_value, shared, snapshot_every, 1}, saved, out);
 
   if (s.steps == 0) {
     pass_through(out, saved, need_memory_grad);

@@ -2,7 +2,6 @@
 #include "cpu/lstm.h"
 
 #include <algorithm>
-#include <initializer_list>
 #include <tuple>
 
 #include "cpu/driver.h"
@@ -12,6 +11,9 @@
 namespace mann_ext::lstm {
 namespace {
 
+using lrua::parallel_rows;
+using lrua::Workspace;
+
 const Kernels& kernels(ScalarType dtype) {
   const bool float64 = dtype == ScalarType::Double;
 #if defined(__x86_64__)
@@ -19,14 +21,6 @@ const Kernels& kernels(ScalarType dtype) {
   if (current_isa() == Isa::avx2) return avx2::lstm_kernels(float64);
 #endif
   return baseline::lstm_kernels(float64);
-}
-
-// body(first, end) over rows, shared between the threads in whole tiles.
-template <class Body>
-void parallel_rows(int64_t rows, const Body& body) {
-  constexpr int64_t kTile = 8;
-  parallel((rows + kTile - 1) / kTile,
-           [&](int64_t begin, int64_t end) { body(begin * kTile, std::min(rows, end * kTile)); });
 }
 
 // body(room, first, end) over groups of the batch: few large ones, but one for every thread.
@@ -41,41 +35,6 @@ void parallel_groups(const Kernels& k, int64_t batch, int64_t hidden, const Body
       body(room.get(), group * size, std::min(batch, (group + 1) * size));
   });
 }
-
-// The scratch memory of one call. Up to kKept bytes stay with the thread for its next call: fresh
-// pages cost more than a third of what the kernels take.
-class Workspace {
- public:
-  explicit Workspace(std::initializer_list<int64_t> parts) {
-    int64_t bytes = 0;
-    for (const int64_t part : parts) bytes += rounded(part);
-    thread_local lrua::Scratch kept;
-    thread_local int64_t kept_bytes = 0;
-    if (bytes > kKept) {
-      own_ = lrua::allocate(bytes);
-    } else if (bytes > kept_bytes) {
-      kept_bytes = 0;
-      kept.reset();
-      kept = lrua::allocate(bytes);
-      kept_bytes = bytes;
-    }
-    next_ = static_cast<char*>(own_ ? own_.get() : kept.get());
-  }
-
-  // The parts one after the other, in the order and of the sizes given.
-  void* take(int64_t bytes) {
-    void* part = next_;
-    next_ += rounded(bytes);
-    return part;
-  }
-
- private:
-  static constexpr int64_t kKept = int64_t{32} << 20;
-  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-  lrua::Scratch own_;
-  char* next_;
-};
 
 int64_t panel_bytes(const Kernels& k, int64_t columns, int64_t depth) {
   return panels(columns, k.width) * k.width * depth * k.bytes;

@@ -1,86 +1,10 @@
 // lrua_scan on the GPU: checks, allocation, and which kernels compute it.
-#include "cuda/lrua.h"
-
-#include <cstdlib>
-#include <string_view>
 #include <tuple>
 
-#include "lrua_tensors.h"
+#include "cuda/lrua_arguments.h"
 
 namespace mann_ext::cuda::lrua {
 namespace {
-
-namespace tensors = mann_ext::lrua;
-using tensors::Given;
-
-// The kernels count columns and heads in 32 bits.
-Sizes narrowed(const char* op, const tensors::Sizes& s) {
-  require(s.width < int64_t{1} << 30, std::string(op) + ": rows of 2^30 columns or more");
-  return {s.steps,
-          s.batch,
-          s.slots,
-          s.padded,
-          static_cast<int>(s.width),
-          static_cast<int>(s.heads),
-          static_cast<int>(s.chosen)};
-}
-
-struct Options {
-  bool shared;
-  double eps, initial_value;
-  int64_t snapshot_every;
-};
-
-__nv_bfloat16 to_storage(double x, __nv_bfloat16) {
-  return __float2bfloat16(static_cast<float>(x));
-}
-__half to_storage(double x, __half) { return __float2half(static_cast<float>(x)); }
-float to_storage(double x, float) { return static_cast<float>(x); }
-double to_storage(double x, double) { return x; }
-
-template <class A, class S>
-Scan<A, S> make_scan(const Sizes& s, const Given& in, const Options& options) {
-  Scan<A, S> scan{};
-  scan.sizes = s;
-  scan.shared = options.shared;
-  scan.eps = static_cast<A>(options.eps);
-  scan.initial = to_storage(options.initial_value, S{});
-  scan.snapshot_every = options.snapshot_every;
-  scan.memory = static_cast<const S*>(in.memory.const_data_ptr());
-  scan.batch_stride = in.memory.stride(0);
-  scan.slot_stride = in.memory.stride(1);
-  scan.width_stride = in.memory.stride(2);
-  scan.packed = scan.width_stride == 1 && scan.slot_stride == s.width && aligned(scan.memory) &&
-                scan.batch_stride % kVector<S> == 0;
-  scan.read_weights = static_cast<const A*>(in.read_weights.const_data_ptr());
-  scan.keys = static_cast<const A*>(in.keys.const_data_ptr());
-  scan.gates = static_cast<const A*>(in.gates.const_data_ptr());
-  scan.strengths = static_cast<const A*>(data(in.strengths));
-  scan.contents =
-      in.contents.has_value() ? static_cast<const A*>(in.contents->const_data_ptr()) : scan.keys;
-  scan.reset = static_cast<const bool*>(data(in.reset));
-  return scan;
-}
-
-// Whether every row that is loaded or stored is a whole number of aligned 16-byte pieces.
-template <class A, class S>
-bool aligned_rows(const Scan<A, S>& scan) {
-  return scan.sizes.width % max(kRun<true>, kVector<S>) == 0 && aligned(scan.keys) &&
-         aligned(scan.contents);
-}
-
-// How a scan is computed. Resident: one launch for all steps, the memory of a batch element in the
-// shared memory of one multiprocessor. That is wherever memory, weights, usage and room for sums
-// fit there, as 1,000 slots of 40 float32 numbers do forward and 350 backward. Streaming:
-// everything else. Both save the same for the backward pass, which chooses for itself.
-// MANN_EXT_CUDA_REGIME=streaming, which is read at each call, streams these as well.
-template <class Bytes>
-bool is_resident(const Sizes& s, Bytes&& bytes) {
-  const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");
-  if (regime != nullptr && std::string_view(regime) == "streaming") return false;
-  const auto most = static_cast<int64_t>(max_shared_bytes());
-  return s.heads <= kGroup && s.width <= kMaxResidentWidth && s.slots <= most && bytes() <= most;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
     Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor gates,
@@ -101,21 +25,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
     for_storage(in.dtype(), [&](auto a, auto number) {
       using A = decltype(a);
       using S = decltype(number);
-      Forward<A, S> p{};
-      p.scan = make_scan<A, S>(s, in, {shared, eps, initial_value, snapshot_every});
-      p.usage_decay = static_cast<A>(usage_decay);
-      p.usage = static_cast<const A*>(usage.const_data_ptr());
-      p.weights_out = pointer<A>(out.weights);
-      p.usage_out = pointer<A>(out.usage);
-      p.history.reads = pointer<A>(out.reads);
-      p.history.memory_out = pointer<S>(out.memory);
-      if (save_for_backward) {
-        p.history.weights = pointer<A>(out.weight_history);
-        p.history.slots = pointer<int64_t>(out.slot_history);
-        if (snapshot_every != 1) p.history.erased_rows = pointer<S>(out.erased_rows);
-        if (snapshot_every > 0) p.history.snapshots = pointer<S>(out.snapshots);
-      }
-      const bool vectors = aligned_rows(p.scan) && aligned(p.history.memory_out);
+      const Options options{usage_decay, shared, eps, initial_value, snapshot_every};
+      const Forward<A, S> p = make_forward<A, S>(s, in, options, usage, out, save_for_backward);
+      const bool vectors = aligned_rows(p);
       if (is_resident(s, [&] { return forward_resident_bytes(p, vectors); }))
         forward_resident(p, memory, vectors);
       else
@@ -147,24 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
     for_storage(in.dtype(), [&](auto a, auto number) {
       using A = decltype(a);
       using S = decltype(number);
-      Backward<A, S> p{};
-      p.scan = make_scan<A, S>(s, in, {shared, eps, initial_value, snapshot_every});
-      p.history = {pointer<A>(reads),          pointer<S>(memory_out),
-                   pointer<A>(weight_history), pointer<int64_t>(slot_history),
-                   pointer<S>(erased_rows),    pointer<S>(snapshots)};
-      p.grad_reads = pointer<const A>(grad_reads);
-      p.grad_memory = static_cast<const S*>(data(grad_memory));
-      p.grad_weights = static_cast<const A*>(data(grad_read_weights));
-      p.grad_memory_in = need_memory_grad ? pointer<S>(out.memory) : nullptr;
-      p.grad_weights_in = pointer<A>(out.read_weights);
-      p.grad_keys = pointer<A>(out.keys);
-      p.grad_gates = pointer<A>(out.gates);
-      p.grad_strengths = strengths.has_value() ? pointer<A>(out.strengths) : nullptr;
-      p.grad_contents = contents.has_value() ? pointer<A>(out.contents) : nullptr;
-      const bool vectors = aligned_rows(p.scan) && aligned(p.history.memory_out) &&
-                           aligned(p.history.erased_rows) && aligned(p.history.snapshots) &&
-                           aligned(p.grad_reads) && aligned(p.grad_memory) &&
-                           aligned(p.history.reads) && aligned(p.history.weights);
+      const Options options{0, shared, eps, initial_value, snapshot_every};
+      const Backward<A, S> p = make_backward<A, S>(s, in, options, saved, out);
+      const bool vectors = aligned_rows(p);
       if (aligned(p.history.weights) &&
           is_resident(s, [&] { return backward_resident_bytes(p, vectors); }))
         backward_resident(p, memory, vectors);

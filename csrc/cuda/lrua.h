@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <type_traits>
 
@@ -486,18 +487,24 @@ __device__ __forceinline__ A largest_in_warp(A x) {
 // many bytes of a block's shared memory.
 constexpr int kMaxResidentWidth = 512;
 
+// Launches what makes a step's keys from the step before: before the launches of that step or, on
+// the way back, after those that make their gradients.
+using StepHook = std::function<void(int64_t t)>;
+
 template <class A, class S>
 int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors);
 template <class A, class S>
 void forward_resident(const Forward<A, S>& p, const Tensor& like, bool vectors);
 template <class A, class S>
-void forward_streaming(const Forward<A, S>& p, const Tensor& like, bool vectors);
+void forward_streaming(const Forward<A, S>& p, const Tensor& like, bool vectors,
+                       const StepHook& before = {});
 template <class A, class S>
 int64_t backward_resident_bytes(const Backward<A, S>& p, bool vectors);
 template <class A, class S>
 void backward_resident(const Backward<A, S>& p, const Tensor& like, bool vectors);
 template <class A, class S>
-void backward_streaming(const Backward<A, S>& p, const Tensor& like, bool vectors);
+void backward_streaming(const Backward<A, S>& p, const Tensor& like, bool vectors,
+                        const StepHook& after = {});
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

@@ -159,10 +159,11 @@ __device__ void combine_step(const BackwardPass<A, S>& p, int64_t t, int64_t b, 
 }
 
 template <class A, class S>
-__global__ __launch_bounds__(kThreads) void backward_end(const BackwardPass<A, S> p) {
+__global__ __launch_bounds__(kThreads) void backward_combine(const BackwardPass<A, S> p,
+                                                             const int64_t t) {
   __shared__ double room[kThreads];
   const int heads = p.scan.sizes.heads;
-  combine_step(p, 0, blockIdx.x / heads, static_cast<int>(blockIdx.x % heads), room);
+  combine_step(p, t, blockIdx.x / heads, static_cast<int>(blockIdx.x % heads), room);
 }
 
 // M_{t-1} of one run of columns from its episode's start, as the forward pass made it.
@@ -605,7 +606,8 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
 }  // namespace
 
 template <class A, class S>
-void backward_streaming(const Backward<A, S>& arguments, const Tensor& like, bool vectors) {
+void backward_streaming(const Backward<A, S>& arguments, const Tensor& like, bool vectors,
+                        const StepHook& after) {
   const OnDevice device(like);
   BackwardPass<A, S> p{};
   static_cast<Backward<A, S>&>(p) = arguments;
@@ -637,20 +639,34 @@ void backward_streaming(const Backward<A, S>& arguments, const Tensor& like, boo
     const int64_t blocks = s.batch * p.split.blocks, heads = s.batch * s.heads;
     launch<backward_begin<A, S>>(
         {.grid = grid_size(blocks), .block = kThreads, .stream = device.stream()}, p);
-    for (int64_t t = s.steps - 1; t >= 0; --t)
-      launch<kPass>({.grid = grid_size(blocks + (t + 1 < s.steps ? heads : 0)),
+    const auto combine = [&](int64_t t) {
+      launch<backward_combine<A, S>>(
+          {.grid = grid_size(heads), .block = kThreads, .stream = device.stream()}, p, t);
+    };
+    for (int64_t t = s.steps - 1; t >= 0; --t) {
+      // A step's sums are added up by the pass after it, unless they are needed before.
+      const bool adds = t + 1 < s.steps && !after;
+      launch<kPass>({.grid = grid_size(blocks + (adds ? heads : 0)),
                      .block = kThreads,
                      .stream = device.stream(),
                      .shared_bytes = shared_bytes},
                     p, t);
-    launch<backward_end<A, S>>(
-        {.grid = grid_size(heads), .block = kThreads, .stream = device.stream()}, p);
+      if (after) {
+        combine(t);
+        after(t);
+      }
+    }
+    if (!after) combine(0);
   });
 }
 
-template void backward_streaming(const Backward<float, float>&, const Tensor&, bool);
-template void backward_streaming(const Backward<double, double>&, const Tensor&, bool);
-template void backward_streaming(const Backward<float, __nv_bfloat16>&, const Tensor&, bool);
-template void backward_streaming(const Backward<float, __half>&, const Tensor&, bool);
+template void backward_streaming(const Backward<float, float>&, const Tensor&, bool,
+                                 const StepHook&);
+template void backward_streaming(const Backward<double, double>&, const Tensor&, bool,
+                                 const StepHook&);
+template void backward_streaming(const Backward<float, __nv_bfloat16>&, const Tensor&, bool,
+                                 const StepHook&);
+template void backward_streaming(const Backward<float, __half>&, const Tensor&, bool,
+                                 const StepHook&);
 
 }  // namespace mann_ext::cuda::lrua

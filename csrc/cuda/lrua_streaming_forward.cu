@@ -482,7 +482,8 @@ __global__ __launch_bounds__(kWeightThreads) void forward_weights(const ForwardP
 }  // namespace
 
 template <class A, class S>
-void forward_streaming(const Forward<A, S>& arguments, const Tensor& like, bool vectors) {
+void forward_streaming(const Forward<A, S>& arguments, const Tensor& like, bool vectors,
+                       const StepHook& before) {
   const OnDevice device(like);
   ForwardPass<A, S> p{};
   static_cast<Forward<A, S>&>(p) = arguments;
@@ -522,6 +523,7 @@ void forward_streaming(const Forward<A, S>& arguments, const Tensor& like, bool 
     };
     weights(-1);
     for (int64_t t = 0; t < s.steps; ++t) {
+      if (before) before(t);
       launch<kPass>({.grid = grid_size(s.batch * p.split.blocks),
                      .block = kThreads,
                      .stream = device.stream(),
@@ -532,9 +534,12 @@ void forward_streaming(const Forward<A, S>& arguments, const Tensor& like, bool 
   });
 }
 
-template void forward_streaming(const Forward<float, float>&, const Tensor&, bool);
-template void forward_streaming(const Forward<double, double>&, const Tensor&, bool);
-template void forward_streaming(const Forward<float, __nv_bfloat16>&, const Tensor&, bool);
-template void forward_streaming(const Forward<float, __half>&, const Tensor&, bool);
+template void forward_streaming(const Forward<float, float>&, const Tensor&, bool, const StepHook&);
+template void forward_streaming(const Forward<double, double>&, const Tensor&, bool,
+                                const StepHook&);
+template void forward_streaming(const Forward<float, __nv_bfloat16>&, const Tensor&, bool,
+                                const StepHook&);
+template void forward_streaming(const Forward<float, __half>&, const Tensor&, bool,
+                                const StepHook&);
 
 }  // namespace mann_ext::cuda::lrua

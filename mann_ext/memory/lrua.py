@@ -268,7 +268,7 @@ class LRUAMemory(nn.Module):
         _inputs.check_reset_mask("LRUAMemory", reset_mask, x)
         batched = x.dim() == 3
         if not batched:
-            self._check_state(state, 0, x, batched=False)
+            self.check_state(state, 0, x, batched=False)
             x = x.unsqueeze(1)
             state = None if state is None else LRUAState(*(part.unsqueeze(0) for part in state))
             reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
@@ -311,7 +311,7 @@ class LRUAMemory(nn.Module):
     def _scan(
         self, x: Tensor, state: LRUAState | None, reset_mask: Tensor | None
     ) -> tuple[Tensor, LRUAState]:
-        self._check_state(state, x.shape[1], x)
+        self.check_state(state, x.shape[1], x)
         if state is None:
             state = self.initial_state(x.shape[1])
         keys, gates, strengths, contents = self._arguments(x)
@@ -327,7 +327,7 @@ class LRUAMemory(nn.Module):
         """`_scan` step by step, noting what each does."""
         steps, batch = x.shape[:2]
         _inputs.check_traceable("LRUAMemory", x)
-        self._check_state(state, batch, x)
+        self.check_state(state, batch, x)
         state = self.initial_state(batch) if state is None else state
         # What the operator computes with: the accumulation dtype, but for the memory.
         dtype = state.memory.dtype
@@ -379,17 +379,25 @@ class LRUAMemory(nn.Module):
 
     raw_strength: nn.Parameter | None
 
+    def head_strengths(self) -> Tensor | None:
+        """beta (R,) of every step; None where it is 1, or made from each x_t."""
+        if self.raw_strength is not None:
+            return nn.functional.softplus(self.raw_strength)
+        if self.read_strength == 1 or self.learn_strength == "per_step":
+            return None
+        return self.interface.weight.new_full((self.num_reads,), self.read_strength)
+
     def _strengths(self, gates: Tensor, raw: Tensor) -> Tensor | None:
         """beta (T, B, R), or None where it is 1; ``raw`` is the interface's last part."""
         if self.learn_strength == "per_step":
             return nn.functional.softplus(raw)
-        if self.raw_strength is not None:
-            return nn.functional.softplus(self.raw_strength).expand_as(gates)
-        return None if self.read_strength == 1 else torch.full_like(gates, self.read_strength)
+        strengths = self.head_strengths()
+        return None if strengths is None else strengths.expand_as(gates)
 
-    def _check_state(
+    def check_state(
         self, state: LRUAState | None, batch: int, x: Tensor, batched: bool = True
     ) -> None:
+        """Raises ValueError or TypeError if the state does not fit; the message says how."""
         if state is None:
             return
         shapes = {
@@ -411,7 +419,7 @@ class LRUAMemory(nn.Module):
             f"(steps in all, {self.input_size}) in the PackedSequence", (2,),
         )  # fmt: skip
         padded, lengths = pad_packed_sequence(x)
-        self._check_state(state, padded.shape[1], x.data)
+        self.check_state(state, padded.shape[1], x.data)
         if state is None:
             state = self.initial_state(padded.shape[1])
         # Sequences are cut where one ends, so that each keeps the state of its own last step.

@@ -132,14 +132,14 @@ class LSTMController(nn.Module):
         fused = possible if self.fused is None else self.fused
         if fused and native:
             h, c = (part.to(x.dtype) for part in state)
-            hidden, h, c = lstm_scan(x, h, c, *self._weights(), reset_mask)
+            hidden, h, c = lstm_scan(x, h, c, *self.weights(), reset_mask)
             return hidden, ControllerState(h, c)
         if fused and x.numel() > 0:
             cuts = [] if reset_mask is None else reset_mask.any(1).nonzero().flatten().tolist()
             # Each cut costs a call; where there are many the loop is no slower.
             if self.fused or 4 * len(cuts) <= x.shape[0]:
                 return self._fused_pieces(x, state, reset_mask, cuts)
-        hidden, h, c = lstm_loop(x, *state, *self._weights(), reset_mask)
+        hidden, h, c = lstm_loop(x, *state, *self.weights(), reset_mask)
         return hidden, ControllerState(h, c)
 
     def _native(self, x: Tensor) -> bool:
@@ -199,12 +199,13 @@ class LSTMController(nn.Module):
             if reset_mask is not None and start in cuts:
                 state = state.reset(reset_mask[start])
             h, c = (part.to(x.dtype) for part in state)
-            piece, h, c = _FusedLSTM.apply(x[start:end], h, c, *self._weights())
+            piece, h, c = _FusedLSTM.apply(x[start:end], h, c, *self.weights())
             state = ControllerState(h, c)
             pieces.append(piece)
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)), state
 
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W_ih, W_hh, b_ih and b_hh."""
         return self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
 
 

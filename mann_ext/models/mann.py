@@ -10,8 +10,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from mann_ext import _library
 from mann_ext.memory import LRUAMemory, LRUAMemoryTrace, LRUAState, _inputs
 from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController
+from mann_ext.ops.lstm import needs_loop
+from mann_ext.ops.lstm_lrua import lstm_lrua_scan
+from mann_ext.reference import accumulation_dtype
 
 __all__ = ["MANN", "MANNState", "make_controller"]
 
@@ -54,9 +58,12 @@ class MANN(nn.Module):
         output_size: O.
         hidden_size: H of the controller.
         controller: "lstm" or "feedforward" (one hidden layer).
-        read_feedback: also feed r_{t-1} to the controller, as the paper's main text does. It runs
-            step by step; without, as in the paper's supplement, the sequence is one scan.
-        fused: how the LSTM runs, see ``LSTMController``.
+        read_feedback: also feed r_{t-1} to the controller, as the paper's main text does; without,
+            as in the paper's supplement. With an LSTM it is one call for all steps where
+            :func:`mann_ext.ops.lstm_lrua_scan` has a kernel; under autocast and torch.func, and
+            with a feed-forward controller, it runs step by step.
+        fused: how the LSTM runs, see ``LSTMController``; False also for a loop over the steps of
+            controller and memory where reads are fed back.
         device, dtype: of the parameters.
         **memory: keywords of :class:`mann_ext.LRUAMemory` (num_slots, slot_size, num_reads, ...).
 
@@ -177,7 +184,11 @@ class MANN(nn.Module):
         if return_trace:
             _inputs.check_traceable("MANN", x)
         if self.read_feedback and x.shape[0] > 0:
-            features, state, trace = self._stepwise(x, state, reset_mask, return_trace)
+            self.memory.check_state(state.memory, x.shape[1], x)
+            if self._fuses(x, state) and not return_trace:
+                features, state = self._fused(x, state, reset_mask)
+            else:
+                features, state, trace = self._stepwise(x, state, reset_mask, return_trace)
         elif x.shape[0] == 0:
             features = x.new_zeros(0, x.shape[1], self.output.in_features)
         else:
@@ -206,6 +217,40 @@ class MANN(nn.Module):
         shape = (batch, self.memory.output_size)
         _inputs.check_state("MANN", (state.reads,), {"reads": shape}, x)
         return state
+
+    def _fuses(self, x: Tensor, state: MANNState) -> bool:
+        """Whether the operator ``lstm_lrua_scan`` has a kernel for this call."""
+        return (
+            isinstance(self.controller, LSTMController)
+            and self.controller.fused is not False
+            and x.dtype == accumulation_dtype(state.memory.memory.dtype)
+            and not torch.is_autocast_enabled(x.device.type)
+            and not needs_loop()
+            and _library.use_native(x.device, "lstm_lrua_scan")
+        )
+
+    def _fused(
+        self, x: Tensor, state: MANNState, reset_mask: Tensor | None
+    ) -> tuple[Tensor, MANNState]:
+        controller, memory = self.controller, self.memory
+        assert isinstance(controller, LSTMController)
+        h, c, reads, weights, usage = (
+            part.to(x.dtype)
+            for part in (
+                *controller.checked_state(state.controller, x), state.reads, *state.memory[1:]
+            )
+        )  # fmt: skip
+        output = lstm_lrua_scan(
+            x, h, c, reads.unflatten(-1, (memory.num_reads, memory.slot_size)),
+            state.memory.memory, weights, usage, *controller.weights(),
+            memory.interface.weight, memory.interface.bias, memory.head_strengths(), reset_mask,
+            key_activation=memory.key_activation, write_content=memory.write_content,
+            strength_per_step=memory.learn_strength == "per_step", usage_decay=memory.usage_decay,
+            least_used=memory.least_used, initial_value=memory.initial_value,
+        )  # fmt: skip
+        hidden, reads = output.hidden, output.reads.flatten(2)
+        last = ControllerState(hidden[-1], output.c), LRUAState(*output[3:])
+        return torch.cat([hidden, reads], -1), MANNState(*last, reads[-1])
 
     def _stepwise(
         self, x: Tensor, state: MANNState, reset_mask: Tensor | None, return_trace: bool

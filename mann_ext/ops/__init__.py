@@ -3,14 +3,17 @@
 from mann_ext.ops.content import ContentRead, content_read
 from mann_ext.ops.lrua import HISTORY_BUDGET, LRUAScanOutput, lrua_scan, lrua_step
 from mann_ext.ops.lstm import LSTMScanOutput, lstm_scan
+from mann_ext.ops.lstm_lrua import LSTMLRUAScanOutput, lstm_lrua_scan
 
 __all__ = [
     "HISTORY_BUDGET",
     "ContentRead",
     "LRUAScanOutput",
+    "LSTMLRUAScanOutput",
     "LSTMScanOutput",
     "content_read",
     "lrua_scan",
     "lrua_step",
+    "lstm_lrua_scan",
     "lstm_scan",
 ]

@@ -21,7 +21,7 @@ HISTORY_BUDGET = 4 * 2**20
 More than a cache holds is slower to save and load than to undo."""
 
 _TILE = 64  # slots a tile of the native layout; rows of weights are padded to a multiple
-_MAX_HEADS = 64
+MAX_HEADS = 64
 _MAX_CHUNK = 32
 
 
@@ -138,7 +138,7 @@ def _run(
     )
     if snapshot_every is None:
         budget = HISTORY_BUDGET if history_budget is None else history_budget
-        numbers = keys.shape[0] * memory.shape[0] * _padded(memory.shape[1]) * memory.shape[2]
+        numbers = keys.shape[0] * memory.shape[0] * padded(memory.shape[1]) * memory.shape[2]
         snapshot_every = 1 if numbers * memory.element_size() <= budget else 0
     output = _common.apply(
         op, _Scan, memory, read_weights.contiguous(), usage.contiguous(), keys.contiguous(),
@@ -193,7 +193,7 @@ def lrua_step(
     return output._replace(reads=output.reads.squeeze(0))
 
 
-def _padded(slots: int) -> int:
+def padded(slots: int) -> int:
     return (slots + _TILE - 1) // _TILE * _TILE
 
 
@@ -245,8 +245,8 @@ def _check(
             f"{op}: expected at least one slot, head and column, got {slots} slots, {heads} heads "
             f"and width {width}"
         )
-    if heads > _MAX_HEADS:
-        raise ValueError(f"{op}: expected at most {_MAX_HEADS} heads, got {heads}")
+    if heads > MAX_HEADS:
+        raise ValueError(f"{op}: expected at most {MAX_HEADS} heads, got {heads}")
     *lead, _, _ = keys.shape  # T and B, or B
     _common.check_shape(op, "read_weights", read_weights, (batch, heads, slots), keys=keys)
     _common.check_shape(op, "usage", usage, (batch, slots), memory=memory)
@@ -269,6 +269,16 @@ def _check(
         op, memory, read_weights=read_weights, usage=usage, keys=keys, gates=gates,
         strengths=strengths, contents=contents, reset=reset,
     )  # fmt: skip
+    check_options(op, usage_decay, least_used, eps, snapshot_every)
+    if chunk is not None and not 1 <= chunk <= _MAX_CHUNK:
+        raise ValueError(
+            f"{op}: expected chunk from 1 to {_MAX_CHUNK}, got {chunk}; None chooses by size"
+        )
+
+
+def check_options(
+    op: str, usage_decay: float, least_used: str, eps: float, snapshot_every: int | None
+) -> None:
     if least_used not in ("per_head", "shared"):
         raise ValueError(f"{op}: expected least_used 'per_head' or 'shared', got {least_used!r}")
     if not 0 < eps < math.inf:
@@ -276,10 +286,6 @@ def _check(
     if snapshot_every is not None and snapshot_every < 0:
         raise ValueError(
             f"{op}: expected snapshot_every of 0 or more, got {snapshot_every}; 0 rolls back"
-        )
-    if chunk is not None and not 1 <= chunk <= _MAX_CHUNK:
-        raise ValueError(
-            f"{op}: expected chunk from 1 to {_MAX_CHUNK}, got {chunk}; None chooses by size"
         )
     if not 0 <= usage_decay <= 1:
         raise ValueError(f"{op}: expected usage_decay in [0, 1], got {usage_decay}")
@@ -452,10 +458,10 @@ def _scan_fake(
     if save_for_backward:
         saved = steps // snapshot_every if snapshot_every > 0 else 0
         history = [
-            keys.new_empty(steps, batch, heads, _padded(slots)),
+            keys.new_empty(steps, batch, heads, padded(slots)),
             empty((steps, batch, chosen), dtype=torch.long),
             empty(0) if snapshot_every == 1 else empty(steps, batch, chosen, width),
-            empty(saved, batch, _padded(slots) * width),
+            empty(saved, batch, padded(slots) * width),
         ]
     return (
         torch.empty_like(keys), empty(batch, slots, width), torch.empty_like(read_weights),
