@@ -57,23 +57,6 @@ struct LeastUsed {
   }
 };
 
-// Takes aligned pieces off one allocation; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* p = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(p);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 // Per-thread room for what lives only within one block; `which` tells several such rooms apart.
 template <int which>
 inline char* thread_scratch(int64_t bytes) {
@@ -381,18 +364,6 @@ struct Scan {
                                !(std::abs(beta[r]) <= A(kUnshifted)), totals + s.heads + r);
   }
 
-  // x . y in double, in eight sums that need not wait for each other.
-  static double dot(const A* x, const A* y, int64_t width) {
-    double sums[8] = {};
-    int64_t j = 0;
-    for (; j + 8 <= width; j += 8)
-      for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[j + i]) * y[j + i];
-    for (int i = 0; j < width; ++j, ++i) sums[i] += static_cast<double>(x[j]) * y[j];
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
-           ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-  }
-  static A norm(const A* v, int64_t width) { return static_cast<A>(std::sqrt(dot(v, v, width))); }
-
   static void save_erased(const Forward& p, int64_t b, int64_t t, const int64_t* slots,
                           int64_t tile, const S* src) {
     const Shape& s = p.shape;
@@ -697,7 +668,7 @@ struct Scan {
 
     A key_norm[kMaxHeads], beta[kMaxHeads], expected[kMaxHeads];
     for (int64_t r = 0; r < s.heads; ++r) {
-      key_norm[r] = Scan::norm(keys + r * s.width, s.width);
+      key_norm[r] = norm(keys + r * s.width, s.width);
       beta[r] = strength(p.in, s, t, b, r);
       // sum_i w_i dL/dw_i: what the softmax's gradient takes off every slot's.
       expected[r] =
@@ -869,7 +840,7 @@ struct Scan {
     A* grad_contents =
         p.grad_contents ? static_cast<A*>(p.grad_contents) + at(s, t, b) * rw : nullptr;
     for (int64_t r = 0; r < s.heads; ++r) {
-      const A key_norm = Scan::norm(keys + r * s.width, s.width);
+      const A key_norm = norm(keys + r * s.width, s.width);
       const A own = sums[2 * rw + 3 * s.heads + r];
       const A along = key_norm > A(0) ? own / key_norm : A(0);
       for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i)
@@ -1070,7 +1041,7 @@ struct Chunks : Scan<A, A> {
         const A* y = vectors(p.in, s, t + v, b) + r * s.width;
         for (int64_t q = 0; q < (v + 1) * s.heads; ++q) {
           const A* x = Base::content(p.in, s, t + q / s.heads, b) + q % s.heads * s.width;
-          gram[q * all + v * s.heads + r] = static_cast<A>(Base::dot(x, y, s.width));
+          gram[q * all + v * s.heads + r] = static_cast<A>(dot(x, y, s.width));
         }
       }
   }
@@ -1134,7 +1105,7 @@ struct Chunks : Scan<A, A> {
     for (int64_t r = 0; r < s.heads; ++r) now[r] = write + r * kTile;
     A key_norm[kMaxHeads], beta[kMaxHeads];
     for (int64_t r = 0; r < s.heads; ++r) {
-      key_norm[r] = Base::norm(keys + r * s.width, s.width);
+      key_norm[r] = norm(keys + r * s.width, s.width);
       beta[r] = Base::strength(p.in, s, t, b, r);
     }
     const A* key_now = scratch.key_gram + before * all + before;

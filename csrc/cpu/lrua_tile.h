@@ -11,6 +11,39 @@ namespace MANN_EXT_ISA {
 
 using mann_ext::lrua::kTile;
 
+// Takes aligned pieces off one allocation; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// x . y in double, in eight sums that need not wait for each other.
+template <class A>
+inline double dot(const A* x, const A* y, int64_t width) {
+  double sums[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= width; j += 8)
+    for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[j + i]) * y[j + i];
+  for (int i = 0; j < width; ++j, ++i) sums[i] += static_cast<double>(x[j]) * y[j];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
+         ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+template <class A>
+inline A norm(const A* v, int64_t width) {
+  return static_cast<A>(std::sqrt(dot(v, v, width)));
+}
+
 // Vectors of slots worked on together: as many as keep every accumulator in a register.
 constexpr int kTogether = kRegisters == 32 ? 2 : 1;
 
