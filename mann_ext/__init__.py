@@ -4,6 +4,16 @@ __version__ = "0.1.0"
 
 from mann_ext import memory, models, ops
 from mann_ext._library import backend
-from mann_ext.memory import LRUAMemory, LRUAState
+from mann_ext.memory import LRUAMemory, LRUAState, NTMMemory, NTMState
 
-__all__ = ["LRUAMemory", "LRUAState", "__version__", "backend", "memory", "models", "ops"]
+__all__ = [
+    "LRUAMemory",
+    "LRUAState",
+    "NTMMemory",
+    "NTMState",
+    "__version__",
+    "backend",
+    "memory",
+    "models",
+    "ops",
+]

@@ -10,8 +10,9 @@ H heads (B, H, N), the R read heads before the write heads; k keys (B, H, W); be
 g gates and gamma sharpenings (B, H); s shifts (B, H, 3); e erases and a adds (B, H - R, W). It is
 float32 or float64 throughout.
 
-The LRUA's memory keeps its own dtype: it is rounded to it after every write, and what is read is the rounded
-memory. Everything else is in the accumulation dtype: float64 for float64 memory, else float32.
+The LRUA's memory keeps its own dtype: it is rounded to it after every write, and what is read is
+the rounded memory. Everything else is in the accumulation dtype: float64 for float64 memory, else
+float32.
 """
 
 from __future__ import annotations
@@ -278,6 +279,7 @@ def ntm_address(
     gates: Tensor,
     shifts: Tensor,
     sharpenings: Tensor,
+    *,
     eps: float,
 ) -> Tensor:
     """The weights (B, H, N) of some heads from theirs of the step before (eqs. 5-9)."""
@@ -320,11 +322,11 @@ def ntm_scan(
     eps: float = 1e-8,
     initial_value: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """T steps: ``(reads, memory, weights)``. A step writes first and then reads what it wrote:
+    """T steps: ``(reads, memory, weights)``, with the state replaced where ``reset`` (T, B).
 
-    the write heads address M_{t-1}, all of them erase and then add, and the read heads address and
-    read M_t. So what step t is given can be read at step t, as with the LRUA. (Graves et al. leave
-    the order open.) The state is replaced before the steps where ``reset`` (T, B).
+    Graves et al. leave the order of reading and writing open. Here, as with the LRUA, what a step
+    is given can be read at the same step: the write heads address M_{t-1}, all of them erase and
+    then add, and the read heads address and read M_t.
     """
     (batch, num_slots, width), heads = memory.shape, keys.shape[2]
     read_heads = heads - erases.shape[2]
@@ -339,9 +341,9 @@ def ntm_scan(
             memory = torch.where(again, fresh[0], memory)
             weights = torch.where(again, fresh[1], weights)
         heads_now = (weights, keys[t], strengths[t], gates[t], shifts[t], sharpenings[t])
-        write_weights = ntm_address(memory, *(x[:, read_heads:] for x in heads_now), eps)
+        write_weights = ntm_address(memory, *(x[:, read_heads:] for x in heads_now), eps=eps)
         memory = ntm_write(memory, write_weights, erases[t], adds[t])
-        read_weights = ntm_address(memory, *(x[:, :read_heads] for x in heads_now), eps)
+        read_weights = ntm_address(memory, *(x[:, :read_heads] for x in heads_now), eps=eps)
         reads.append(read_weights @ memory)  # r = w M (eq. 2)
         weights = torch.cat([read_weights, write_weights], 1)
     if not reads:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import doctest
 import math
 import os
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -54,8 +55,9 @@ def tensors(sample: Sample) -> dict[str, torch.Tensor]:
 
 def run(sample: Sample, scan: Any = None, **form: Any) -> tuple[torch.Tensor, ...]:
     """Outputs, then the gradients of a fixed random projection of them."""
-    args = [x.detach().clone().requires_grad_() for x in sample.args[:9]]
-    output = (scan or ops.ntm_scan)(*args, sample.args[9], **form)
+    args: list[Any] = [x.detach().clone().requires_grad_() for x in sample.args[:9]]
+    scan = scan or ops.ntm_scan
+    output = scan(*args, **form, reset=sample.args[9])
     generator = torch.Generator().manual_seed(1)
     total = output[0].new_zeros(())
     for part in output:
@@ -100,14 +102,18 @@ def scan_in_loops(sample: Sample) -> list[np.ndarray]:
             controls = (keys[t, b], strengths[t, b], gates[t, b], shifts[t, b], sharpenings[t, b])
             writers = range(reads.shape[2], heads)
             for h in writers:
-                weights[b, h] = address_in_loops(memory[b], weights[b, h], *(x[h] for x in controls))
+                weights[b, h] = address_in_loops(
+                    memory[b], weights[b, h], *(x[h] for x in controls)
+                )
             for i in range(memory.shape[1]):
                 for h, e in zip(writers, erases[t, b], strict=True):
                     memory[b, i] = memory[b, i] * (1 - weights[b, h, i] * e)
                 for h, a in zip(writers, adds[t, b], strict=True):
                     memory[b, i] = memory[b, i] + weights[b, h, i] * a
             for r in range(reads.shape[2]):
-                weights[b, r] = address_in_loops(memory[b], weights[b, r], *(x[r] for x in controls))
+                weights[b, r] = address_in_loops(
+                    memory[b], weights[b, r], *(x[r] for x in controls)
+                )
                 reads[t, b, r] = weights[b, r] @ memory[b]
     return [reads, memory, weights]
 
@@ -127,7 +133,7 @@ def test_a_shift_moves_the_weights_around_the_circle():
     for tap, slot in ((0, 3), (1, 4), (2, 0)):
         shift = torch.nn.functional.one_hot(torch.tensor([[tap]]), 3).double()
         moved = reference.ntm_address(
-            memory, weights, memory[:, :1], one, 0 * one, shift, one, 1e-8
+            memory, weights, memory[:, :1], one, 0 * one, shift, one, eps=1e-8
         )
         assert moved[0, 0].argmax() == slot
         assert moved[0, 0, slot] == 1
@@ -175,21 +181,32 @@ def relative(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 @native
-@pytest.mark.parametrize("form", ["all", "every_3"])
+@pytest.mark.parametrize("form", ["every_3", "none"])
+@pytest.mark.parametrize("name", ["reset", "several_write_heads", "tile_and_one"])
+def test_a_memory_made_again_is_the_same_to_the_last_bit(name: str, form: str):
+    sample = find(name).to(torch.float32)
+    for x, y in zip(run(sample, **FORMS[form]), run(sample, snapshot_every=1), strict=True):
+        assert torch.equal(x, y)
+
+
+@native
 @smooth
-def test_float32_error_is_at_most_twice_the_references_own(sample: Sample, form: str):
+def test_float32_error_is_at_most_twice_the_references_own(sample: Sample):
+    """The median over draws: of a single one either may be off by luck, where terms cancel."""
     mine, theirs = [], []
-    for seed in range(5):
+    for seed in range(15):
         single = find(sample.name, seed).to(torch.float32)
         exact = run(single.to(torch.float64), reference.ntm_scan)
-        got, plain = run(single, **FORMS[form]), run(single, reference.ntm_scan)
+        got, plain = run(single), run(single, reference.ntm_scan)
         mine.append([relative(x, y) for x, y in zip(got, exact, strict=True)])
         theirs.append([relative(x, y) for x, y in zip(plain, exact, strict=True)])
     names = ("reads", "memory_out", "weights_out", *ARGUMENTS)
-    for name, ours, others in zip(names, zip(*mine, strict=True), zip(*theirs, strict=True)):
-        # The reference may be exact by luck.
-        allowed = 2 * max(others) + 8 * torch.finfo(torch.float32).eps
-        assert max(ours) <= allowed, (name, max(ours), max(others))
+    both = zip(zip(*mine, strict=True), zip(*theirs, strict=True), strict=True)
+    for name, (ours, others) in zip(names[:12], both, strict=True):
+        error, reference_error = statistics.median(ours), statistics.median(others)
+        # Where there is next to nothing to round the reference may be exact.
+        allowed = 2 * reference_error + torch.finfo(torch.float32).eps
+        assert error <= allowed, (name, error, reference_error)
 
 
 @native
@@ -338,7 +355,8 @@ def test_every_instruction_set_of_the_library(isa):
 
 @samples
 def test_a_scan_is_a_loop_of_single_steps(sample: Sample):
-    state, reads = sample.args[:2], []
+    state: Any = sample.args[:2]
+    reads = []
     for t in range(sample.args[2].shape[0]):
         now = (None if x is None else x[t : t + 1] for x in sample.args[2:])
         read, *state = ops.ntm_scan(*state, *now)
@@ -376,7 +394,8 @@ def test_no_gradient_crosses_a_reset_and_nan_does_not_either(name):
 @pytest.mark.parametrize("name", ARGUMENTS[:9])
 def test_nan_in_any_input_ends_up_where_the_reference_has_it(name, dtype):
     given = tensors(find("typical").to(dtype))
-    given[name].view(-1)[1 if name in ("memory", "weights") else given[name].numel() // 2] = math.nan
+    where = 1 if name in ("memory", "weights") else given[name].numel() // 2
+    given[name].view(-1)[where] = math.nan
     got = ops.ntm_scan(**given)
     want = reference.ntm_scan(**given)
     for x, y in zip(got, want, strict=True):

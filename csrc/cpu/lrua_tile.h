@@ -36,8 +36,7 @@ inline double dot(const A* x, const A* y, int64_t width) {
   for (; j + 8 <= width; j += 8)
     for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[j + i]) * y[j + i];
   for (int i = 0; j < width; ++j, ++i) sums[i] += static_cast<double>(x[j]) * y[j];
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
-         ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 template <class A>
 inline A norm(const A* v, int64_t width) {

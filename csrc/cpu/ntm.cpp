@@ -51,8 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ntm_scan(
     Tensor sharpenings, Tensor erases, Tensor adds, std::optional<Tensor> reset, double eps,
     double initial_value, int64_t snapshot_every, bool save_for_backward) {
   constexpr const char* op = "ntm_scan";
-  const Given in{memory,      weights, keys, strengths, gates, shifts,
-                 sharpenings, erases,  adds, reset};
+  const Given in{memory, weights, keys, strengths, gates, shifts, sharpenings, erases, adds, reset};
   const Sizes s = check_arguments(op, in);
   check_options(op, snapshot_every);
   Outputs out = make_outputs(in, s, snapshot_every, save_for_backward);
@@ -82,8 +81,7 @@ ntm_scan_backward(std::optional<Tensor> grad_reads, std::optional<Tensor> grad_m
                   Tensor adds, std::optional<Tensor> reset, Tensor weight_history, Tensor snapshots,
                   double eps, double initial_value, int64_t snapshot_every, bool need_memory_grad) {
   constexpr const char* op = "ntm_scan_backward";
-  const Given in{memory,      weights, keys, strengths, gates, shifts,
-                 sharpenings, erases,  adds, reset};
+  const Given in{memory, weights, keys, strengths, gates, shifts, sharpenings, erases, adds, reset};
   const Saved saved{grad_reads, grad_memory, grad_weights, weight_history, snapshots};
   const Sizes s = check_arguments(op, in);
   check_options(op, snapshot_every);

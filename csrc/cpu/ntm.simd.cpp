@@ -157,10 +157,10 @@ struct Scan {
   // The stages of addressing of one head (eqs. 5-9).
   struct Stages {
     A* cosine;
-    A* content;    // w_c
-    Ring gated;    // w_g
-    A* shifted;    // w~
-    A largest = 0;  // of w~
+    A* content;        // w_c
+    Ring gated;        // w_g
+    A* shifted;        // w~
+    A largest = 0;     // of w~
     double total = 0;  // of (w~ / largest)^gamma
 
     Stages(Arena& arena, const Sizes& s)
@@ -219,17 +219,16 @@ struct Scan {
     for (int64_t i = 0; i < s.padded; i += L) {
       const Vec<A> content = load<A>(to.content + i) / normaliser;
       store<A>(to.content + i, content);
-      store<A>(to.gated.x + i,
-               head.gate * content + (A(1) - head.gate) * load<A>(previous + i));
+      store<A>(to.gated.x + i, head.gate * content + (A(1) - head.gate) * load<A>(previous + i));
     }
     to.gated.close(s.slots);
     top = broadcast<A>(kNothing);
     for (int64_t i = 0; i < s.padded; i += L) {
       const A* gated = to.gated.x + i;
-      const Vec<A> shifted = only_slots(head.down * load_unaligned<A>(gated + 1) +
-                                            head.stay * load<A>(gated) +
-                                            head.up * load_unaligned<A>(gated - 1),
-                                        i, s.slots);
+      const Vec<A> shifted =
+          only_slots(head.down * load_unaligned<A>(gated + 1) + head.stay * load<A>(gated) +
+                         head.up * load_unaligned<A>(gated - 1),
+                     i, s.slots);
       top = shifted > top ? shifted : top;
       store<A>(to.shifted + i, shifted);
     }
@@ -331,16 +330,15 @@ struct Scan {
   struct ForwardRoom {
     StartWeights start;
     Stages stages;
-    A* memory;        // tiles, where not every M_t is saved; else those that an episode starts from
-    A* weights;       // [2][H][padded]: of this step and the last, where no history is kept
-    A* dots;          // [H][padded]
-    A* squares;       // [padded]
-    A* part;          // [reads][W]
-    double* sums;     // [reads][W]
+    A* memory;     // tiles, where not every M_t is saved; else those that an episode starts from
+    A* weights;    // [2][H][padded]: of this step and the last, where no history is kept
+    A* dots;       // [H][padded]
+    A* squares;    // [padded]
+    A* part;       // [reads][W]
+    double* sums;  // [reads][W]
     int64_t bytes;
 
-    ForwardRoom(const Forward& p, Arena arena)
-        : start(arena, p.sizes), stages(arena, p.sizes) {
+    ForwardRoom(const Forward& p, Arena arena) : start(arena, p.sizes), stages(arena, p.sizes) {
       const Sizes& s = p.sizes;
       memory = arena.take<A>(memory_size(s));
       weights = arena.take<A>(p.weight_history == nullptr ? 2 * s.heads * s.padded : 0);
@@ -455,9 +453,7 @@ struct Scan {
     }
   };
 
-  static int64_t backward_bytes(const Backward& p) {
-    return BackwardRoom(p, Arena(nullptr)).bytes;
-  }
+  static int64_t backward_bytes(const Backward& p) { return BackwardRoom(p, Arena(nullptr)).bytes; }
 
   // One head through the stages of addressing backwards. `grad`: dL/dw in, dL/dw_{t-1} out.
   static void differentiate(const Backward& p, const BackwardRoom& room, const Head& head,
@@ -467,9 +463,8 @@ struct Scan {
     const Stages& stages = room.stages;
     // Sharpening is a softmax of gamma ln(w~).
     double expected[1];
-    sum_slots(s, expected, [&](int64_t i, Vec<A>* sum) {
-      sum[0] += load<A>(weights + i) * load<A>(grad + i);
-    });
+    sum_slots(s, expected,
+              [&](int64_t i, Vec<A>* sum) { sum[0] += load<A>(weights + i) * load<A>(grad + i); });
     const A mean = static_cast<A>(expected[0]);
     const A scale = static_cast<A>(head.sharpening / (stages.total * stages.largest));
     const A less = head.sharpening - A(1);
@@ -495,8 +490,7 @@ struct Scan {
       sum[0] += here * load_unaligned<A>(gated + 1);
       sum[1] += here * load<A>(gated);
       sum[2] += here * load_unaligned<A>(gated - 1);
-      const Vec<A> gated_grad = only_slots(head.down * load_unaligned<A>(d - 1) +
-                                               head.stay * here +
+      const Vec<A> gated_grad = only_slots(head.down * load_unaligned<A>(d - 1) + head.stay * here +
                                                head.up * load_unaligned<A>(d + 1),
                                            i, s.slots);
       const Vec<A> content = load<A>(stages.content + i);
@@ -513,14 +507,14 @@ struct Scan {
       const Vec<A> cosine = load<A>(stages.cosine + i);
       const Vec<A> length = square_root<A>(load<A>(room.squares + i));
       const Vec<A> inverse_length = length > A(0) ? A(1) / length : Vec<A>{};
-      const Vec<A> score_grad = load<A>(stages.content + i) * head.gate *
-                                (load<A>(room.gated_grad + i) - content_mean);
+      const Vec<A> score_grad =
+          load<A>(stages.content + i) * head.gate * (load<A>(room.gated_grad + i) - content_mean);
       const Vec<A> dot_grad = score_grad * head.strength / (head.length * length + head.eps);
       sum[0] += score_grad * cosine;
       sum[1] += dot_grad * cosine * length;
       store<A>(x + i, dot_grad);
-      store<A>(room.self + i, load<A>(room.self + i) -
-                                  dot_grad * cosine * head.length * inverse_length);
+      store<A>(room.self + i,
+               load<A>(room.self + i) - dot_grad * cosine * head.length * inverse_length);
     });
     *own = strength_and_own[1];
 
@@ -576,9 +570,9 @@ struct Scan {
                      const A* memory, const A* weights) {
     const Sizes& s = p.sizes;
     const A* keys = key(p.in, s, t, b, 0);
-    const A* grads = p.grad_reads == nullptr ? nullptr
-                                             : static_cast<const A*>(p.grad_reads) +
-                                                   at(s, t, b) * s.reads * s.width;
+    const A* grads = p.grad_reads == nullptr
+                         ? nullptr
+                         : static_cast<const A*>(p.grad_reads) + at(s, t, b) * s.reads * s.width;
     for (int64_t slot = 0; slot < s.padded; slot += kTile) {
       const A* tile = memory + slot * s.width;
       score_tile(s, tile, keys, s.reads, room.dots + slot, room.squares + slot);
@@ -641,8 +635,7 @@ struct Scan {
   }
 
   // M_{t-1}; the start of an episode is made anew.
-  static const A* memory_before(const Backward& p, const BackwardRoom& room, int64_t t,
-                                int64_t b) {
+  static const A* memory_before(const Backward& p, const BackwardRoom& room, int64_t t, int64_t b) {
     const bool reset = resets(p.in, p.sizes, t, b);
     if (t > 0 && !reset) return memory_at(p, room, t - 1, b);
     start_memory(p.in, p.sizes, b, !reset, room.first);

@@ -1,5 +1,6 @@
 """Memories as modules: they own parameters, map inputs to operator arguments, and return reads."""
 
 from mann_ext.memory.lrua import LRUAMemory, LRUAState
+from mann_ext.memory.ntm import NTMMemory, NTMState
 
-__all__ = ["LRUAMemory", "LRUAState"]
+__all__ = ["LRUAMemory", "LRUAState", "NTMMemory", "NTMState"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -106,10 +107,11 @@ def ntm_scan(
     """
     given = (weights, keys, strengths, gates, shifts, sharpenings, erases, adds)
     _check(memory, *given, reset, eps, snapshot_every)
-    inputs = (memory, *(x.to(memory.dtype) for x in given))
+    inputs: list[Any] = [memory, *(x.to(memory.dtype) for x in given)]
     if not _library.use_native(memory.device, "ntm_scan"):
         with _common.without_autocast(memory.device):
-            output = reference.ntm_scan(*inputs, reset, eps=eps, initial_value=initial_value)
+            scan = partial(reference.ntm_scan, reset=reset, eps=eps, initial_value=initial_value)
+            output = scan(*inputs)
         return NTMScanOutput(*output)
 
     _common.check_no_forward_mode("ntm_scan", *inputs)
@@ -279,8 +281,7 @@ class _ScanBackward(torch.autograd.Function):
         *inputs, reset = ctx.saved_tensors
         present = [i for i, x in enumerate(inputs) if x is not None]
 
-        def scan(*arguments: Tensor) -> tuple[Tensor, ...]:
-            return reference.ntm_scan(*arguments, reset, **ctx.options)
+        scan = partial(reference.ntm_scan, reset=reset, **ctx.options)
 
         def first_order(*values: Tensor) -> tuple[Tensor, ...]:
             full = dict(zip(present, values, strict=True))
