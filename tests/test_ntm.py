@@ -41,6 +41,7 @@ ARGUMENTS = (
     "memory", "weights", "keys", "strengths", "gates", "shifts", "sharpenings", "erases", "adds",
     "reset",
 )  # fmt: skip
+OUTPUTS = ("reads", "memory_out", "weights_out", *ARGUMENTS[:9])
 
 
 def find(name: str, seed: int = 0) -> Sample:
@@ -192,21 +193,17 @@ def test_a_memory_made_again_is_the_same_to_the_last_bit(name: str, form: str):
 @native
 @smooth
 def test_float32_error_is_at_most_twice_the_references_own(sample: Sample):
-    """The median over draws: of a single one either may be off by luck, where terms cancel."""
-    mine, theirs = [], []
-    for seed in range(15):
+    """In most of several draws: where terms cancel, either may be the nearer one by luck."""
+    excess = []
+    for seed in range(11):
         single = find(sample.name, seed).to(torch.float32)
         exact = run(single.to(torch.float64), reference.ntm_scan)
-        got, plain = run(single), run(single, reference.ntm_scan)
-        mine.append([relative(x, y) for x, y in zip(got, exact, strict=True)])
-        theirs.append([relative(x, y) for x, y in zip(plain, exact, strict=True)])
-    names = ("reads", "memory_out", "weights_out", *ARGUMENTS)
-    both = zip(zip(*mine, strict=True), zip(*theirs, strict=True), strict=True)
-    for name, (ours, others) in zip(names[:12], both, strict=True):
-        error, reference_error = statistics.median(ours), statistics.median(others)
-        # Where there is next to nothing to round the reference may be exact.
-        allowed = 2 * reference_error + torch.finfo(torch.float32).eps
-        assert error <= allowed, (name, error, reference_error)
+        both = zip(run(single), run(single, reference.ntm_scan), exact, strict=True)
+        excess.append([relative(x, z) - 2 * relative(y, z) for x, y, z in both])
+    # Where there is next to nothing to round the reference may be exact.
+    floor = torch.finfo(torch.float32).eps
+    for name, draws in zip(OUTPUTS, zip(*excess, strict=True), strict=True):
+        assert statistics.median(draws) <= floor, (name, draws)
 
 
 @native
@@ -398,8 +395,8 @@ def test_nan_in_any_input_ends_up_where_the_reference_has_it(name, dtype):
     given[name].view(-1)[where] = math.nan
     got = ops.ntm_scan(**given)
     want = reference.ntm_scan(**given)
+    assert want[0].isnan().any()
     for x, y in zip(got, want, strict=True):
-        assert y.isnan().any()
         torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-3, atol=1e-3)
 
 
