@@ -401,6 +401,17 @@ def test_nan_in_any_input_ends_up_where_the_reference_has_it(name, dtype):
 
 
 @native
+def test_what_a_call_leaves_in_memory_does_not_reach_the_next():
+    sample = find("reset")
+    expected = run(sample, reference.ntm_scan)
+    for slots in (1, 19, 64, 200):
+        poison = _ntm_sample("poison", 2, 2, slots, 7)
+        run(Sample("nan", (*(x * math.nan for x in poison.args[:9]), None)))
+        for x, y in zip(run(sample), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-9 * float(y.abs().max()))
+
+
+@native
 @pytest.mark.parametrize(
     ("name", "value"), [("strengths", 5000.0), ("sharpenings", 400.0), ("keys", 1e12)]
 )

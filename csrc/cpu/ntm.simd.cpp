@@ -144,9 +144,10 @@ struct Scan {
   // A row of numbers of all slots, with room for one more at each end: the circle is closed there.
   struct Ring {
     A* x;
-    void close(int64_t slots) const {
-      x[-1] = x[slots - 1];
-      x[slots] = x[0];
+    void close(const Sizes& s) const {
+      x[s.padded] = A(0);  // read where there is no slot, and multiplied by zero
+      x[-1] = x[s.slots - 1];
+      x[s.slots] = x[0];
     }
   };
   static Ring take_ring(Arena& arena, const Sizes& s) {
@@ -221,7 +222,7 @@ struct Scan {
       store<A>(to.content + i, content);
       store<A>(to.gated.x + i, head.gate * content + (A(1) - head.gate) * load<A>(previous + i));
     }
-    to.gated.close(s.slots);
+    to.gated.close(s);
     top = broadcast<A>(kNothing);
     for (int64_t i = 0; i < s.padded; i += L) {
       const A* gated = to.gated.x + i;
@@ -479,7 +480,7 @@ struct Scan {
       sum[0] += scaled == A(0) ? Vec<A>{} : load<A>(weights + i) * difference * logs;
       store<A>(room.shifted_grad.x + i, only_slots(scale * power * difference, i, s.slots));
     });
-    room.shifted_grad.close(s.slots);
+    room.shifted_grad.close(s);
 
     // Shift and gate.
     double sums[5];

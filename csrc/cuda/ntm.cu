@@ -1,7 +1,7 @@
 // ntm_scan on the GPU: one launch runs all steps, with one block for each batch element.
 //
 // Memory, weights and the stages of addressing lie in shared memory where they fit, as 900 slots of
-// 40 float32 numbers with 5 heads do forward and 290 backward, else in global memory; the code is
+// 40 float32 numbers with 5 heads do forward and 350 backward, else in global memory; the code is
 // the same. MANN_EXT_CUDA_REGIME=streaming, which is read at each call, puts all of them there.
 // Work on rows (dot products) is shared by the lanes of a row, addressing has one warp a head, and
 // each warp forms the sums over slots of some columns.
@@ -601,7 +601,7 @@ __device__ __forceinline__ void make_segment(const Backward<A>& p, int64_t t, in
 }
 
 template <class A>
-__global__ __launch_bounds__(kThreads) void backward_scan(const Backward<A> p) {
+__global__ __launch_bounds__(kThreads, 1) void backward_scan(const Backward<A> p) {
   BackwardRoom<A> room(p, p.block_room());
   const int64_t b = blockIdx.x;
   const int slots = p.slots, of_heads = p.heads * slots;

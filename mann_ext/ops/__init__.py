@@ -3,11 +3,10 @@
 from mann_ext.ops.content import ContentRead, content_read
 from mann_ext.ops.lrua import HISTORY_BUDGET, LRUAScanOutput, lrua_scan, lrua_step
 from mann_ext.ops.lstm import LSTMScanOutput, lstm_scan
-from mann_ext.ops.ntm import NTM_HISTORY_BUDGET, NTMScanOutput, ntm_scan
+from mann_ext.ops.ntm import NTMScanOutput, ntm_scan
 
 __all__ = [
     "HISTORY_BUDGET",
-    "NTM_HISTORY_BUDGET",
     "ContentRead",
     "LRUAScanOutput",
     "LSTMScanOutput",

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from mann_ext import _library, reference
 from mann_ext.ops import _common
+from mann_ext.ops.lrua import HISTORY_BUDGET
 
-__all__ = ["NTM_HISTORY_BUDGET", "NTMScanOutput", "ntm_scan"]
-
-NTM_HISTORY_BUDGET = 256 * 2**20
-"""Bytes up to which every M_t of an ``ntm_scan`` is saved for the backward pass; above, about
-sqrt(T) of them, and the backward pass makes the others again."""
+__all__ = ["NTMScanOutput", "ntm_scan"]
 
 _TILE = 64  # slots a tile of the native layout; rows of weights are padded to a multiple
 _MAX_HEADS = 64
@@ -82,8 +79,7 @@ def ntm_scan(
         history_budget: bytes up to which every M_t is saved for the backward pass, T B N W numbers
             (N rounded up to a multiple of 64). Above it only every K-th is, K = ceil(sqrt(T)), and
             the backward pass makes the K - 1 between two of them again, one batch element a thread
-            at a time. The weights, T B H N numbers, are always saved. Default:
-            ``NTM_HISTORY_BUDGET``.
+            at a time. The weights, T B H N numbers, are always saved. Default: ``HISTORY_BUDGET``.
         snapshot_every: K, whatever the budget; 1 saves every M_t.
 
     Returns:
@@ -128,7 +124,7 @@ def ntm_scan(
 def _choose_snapshots(memory: Tensor, steps: int, budget: int | None) -> int:
     batch, slots, width = memory.shape
     every_one = steps * batch * _padded(slots) * width * memory.element_size()
-    if every_one <= (NTM_HISTORY_BUDGET if budget is None else budget):
+    if every_one <= (HISTORY_BUDGET if budget is None else budget):
         return 1
     return math.ceil(math.sqrt(steps))
 
