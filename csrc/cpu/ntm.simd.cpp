@@ -184,15 +184,24 @@ struct Scan {
     return top;
   }
 
-  // Calls f(i, sums) for the vectors of all slots; K sums over the slots.
+  // Calls f(i, sums) for the vectors of all slots; K sums over the slots. Terms that cancel make
+  // their rounding show, so no chain of additions is long: fours, tiles, blocks, then in double.
   template <int K, class F>
   static MANN_EXT_INLINE void sum_slots(const Sizes& s, double (&totals)[K], const F& f) {
     for (double& total : totals) total = 0;
-    for (int64_t first = 0; first < s.padded; first += 4 * kBlock * kTile) {
-      Vec<A> sums[K] = {};
-      const int64_t end = std::min(s.padded, first + 4 * kBlock * kTile);
-      for (int64_t i = first; i < end; i += L) f(i, sums);
-      for (int k = 0; k < K; ++k) totals[k] += static_cast<double>(sum_lanes<A>(sums[k]));
+    for (int64_t first = 0; first < s.padded; first = block_end(s, first)) {
+      Vec<A> of_block[K] = {};
+      for (int64_t tile = first; tile < block_end(s, first); tile += kTile) {
+        Vec<A> of_tile[K] = {};
+        for (int64_t i = tile; i < tile + kTile; i += 4 * L) {
+          Vec<A> parts[4][K] = {};
+          for (int v = 0; v < 4; ++v) f(i + v * L, parts[v]);
+          for (int k = 0; k < K; ++k)
+            of_tile[k] += (parts[0][k] + parts[1][k]) + (parts[2][k] + parts[3][k]);
+        }
+        for (int k = 0; k < K; ++k) of_block[k] += of_tile[k];
+      }
+      for (int k = 0; k < K; ++k) totals[k] += static_cast<double>(sum_lanes<A>(of_block[k]));
     }
   }
 
