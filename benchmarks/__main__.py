@@ -11,7 +11,7 @@ from benchmarks import measure
 
 
 def main(
-    name: Annotated[Literal["lrua", "drift", "scaling"], tyro.conf.Positional],
+    name: Annotated[Literal["lrua", "ntm", "drift", "scaling"], tyro.conf.Positional],
     json: Path | None = None,
     repeats: int = 15,
     compile_steps: int = 0,
@@ -21,8 +21,9 @@ def main(
     """Run a benchmark and print a table.
 
     Args:
-        name: lrua (speed and memory against opponents and floors), drift (exactness of rollback)
-            or scaling (time and memory by number of slots; --json also draws a figure beside it).
+        name: lrua (speed and memory against opponents and floors), ntm (speed against the
+            reference and eager PyTorch), drift (exactness of rollback) or scaling (time and memory
+            by number of slots; --json also draws a figure beside it).
         json: also write the results to this file.
         repeats: timed runs of each contender, after two warm-up runs.
         compile_steps: also compile the eager scan with torch.compile at this length (minutes).
@@ -36,6 +37,11 @@ def main(
         rows = drift.run()
         report = {"machine": measure.machine(), "rows": rows}
         measure.print_table("Rollback", list(rows[0]), [list(row.values()) for row in rows])
+    elif name == "ntm":
+        from benchmarks import ntm
+
+        report = ntm.run(repeats)
+        ntm.show(report)
     elif name == "scaling":
         from benchmarks import scaling
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.eager import eager_scan
-from mann_ext import ops, reference
+from mann_ext import LRUAMemory, ops, reference
 from mann_ext.models import LSTM, MANN
 
 
@@ -82,6 +82,7 @@ class PlainMANN(nn.Module):
         hidden, _ = self.lstm(x)
         interface = memory.interface(hidden)
         keys, gates = interface.split([memory.output_size, memory.num_reads], -1)
+        assert isinstance(memory, LRUAMemory)
         assert memory.raw_strength is not None
         strengths = F.softplus(memory.raw_strength).expand(steps, batch, memory.num_reads)
         reads = self.scan(

@@ -25,6 +25,21 @@ STABLE_TORCH_LIBRARY(mann_ext, m) {
       "Tensor? values, Tensor? strengths, Tensor reads, Tensor weights, bool cosine, float eps) -> "
       "(Tensor grad_queries, Tensor grad_keys, Tensor grad_values, Tensor grad_strengths)");
   m.def(
+      "ntm_scan(Tensor memory, Tensor weights, Tensor keys, Tensor strengths, Tensor gates, "
+      "Tensor shifts, Tensor sharpenings, Tensor erases, Tensor adds, Tensor? reset, float eps, "
+      "float initial_value, int snapshot_every, bool save_for_backward) -> "
+      "(Tensor reads, Tensor memory_out, Tensor weights_out, Tensor weight_history, "
+      "Tensor snapshots)");
+  m.def(
+      "ntm_scan_backward(Tensor? grad_reads, Tensor? grad_memory, Tensor? grad_weights, "
+      "Tensor memory, Tensor weights, Tensor keys, Tensor strengths, Tensor gates, Tensor shifts, "
+      "Tensor sharpenings, Tensor erases, Tensor adds, Tensor? reset, Tensor weight_history, "
+      "Tensor snapshots, float eps, float initial_value, int snapshot_every, "
+      "bool need_memory_grad) -> "
+      "(Tensor grad_memory, Tensor grad_weights, Tensor grad_keys, Tensor grad_strengths, "
+      "Tensor grad_gates, Tensor grad_shifts, Tensor grad_sharpenings, Tensor grad_erases, "
+      "Tensor grad_adds)");
+  m.def(
       "lstm_scan(Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, "
       "Tensor bias_ih, Tensor bias_hh, Tensor? reset, bool save_for_backward) -> "
       "(Tensor hidden, Tensor h_out, Tensor c_out, Tensor gates, Tensor cells)");

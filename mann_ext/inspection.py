@@ -25,7 +25,7 @@ from mann_ext.data import IMAGE_SIZE
 from mann_ext.experiments.config import ConfigError
 from mann_ext.experiments.few_shot import FewShot
 from mann_ext.experiments.santoro import DEMO, InspectOptions, SlotOrder
-from mann_ext.memory import LRUAMemoryTrace
+from mann_ext.memory import LRUAMemory, LRUAMemoryTrace
 from mann_ext.models import MANN
 from mann_ext.training import CONFIG, load_config, load_run
 
@@ -181,10 +181,11 @@ def inspect_run(run: Path, options: InspectOptions) -> Path:
     if options.out is not None and options.out.suffix not in (".html", ".htm"):
         raise ConfigError(f"out: expected the name of a page, FILE.html, got {options.out}")
     task, model, name = _load(run)
-    if not isinstance(model, MANN):
+    if not isinstance(model, MANN) or not isinstance(model.memory, LRUAMemory):
+        kind = type(getattr(model, "memory", model)).__name__
         raise ConfigError(
-            f"{run} is a model without an external memory ({type(model).__name__}); expected a "
-            "MANN, such as the pretrained omniglot-5way"
+            f"{run} is a model without an LRUA memory ({kind}); expected a MANN, such as the "
+            "pretrained omniglot-5way"
         )
     if options.num_slots is not None:
         model.memory.num_slots = options.num_slots

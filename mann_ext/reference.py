@@ -5,8 +5,14 @@ The LRUA memory is that of Santoro et al., *One-shot learning with memory-augmen
 k keys, a contents (B, R, W); g gates, beta strengths (B, R). B batch, N slots, W slot width,
 R heads, T steps. Of an LSTM: h hidden state, c cell (B, H).
 
-Memory keeps its own dtype: it is rounded to it after every write, and what is read is the rounded
-memory. Everything else is in the accumulation dtype: float64 for float64 memory, else float32.
+The NTM memory is that of Graves et al., *Neural Turing Machines* (2014). Symbols: w weights of all
+H heads (B, H, N), the R read heads before the write heads; k keys (B, H, W); beta strengths,
+g gates and gamma sharpenings (B, H); s shifts (B, H, 3); e erases and a adds (B, H - R, W). It is
+float32 or float64 throughout.
+
+The LRUA's memory keeps its own dtype: it is rounded to it after every write, and what is read is
+the rounded memory. Everything else is in the accumulation dtype: float64 for float64 memory, else
+float32.
 """
 
 from __future__ import annotations
@@ -27,6 +33,9 @@ __all__ = [
     "lrua_step",
     "lrua_trace",
     "lstm_lrua_scan",
+    "ntm_address",
+    "ntm_scan",
+    "ntm_write",
     "write_weights",
 ]
 
@@ -358,6 +367,86 @@ def lstm_lrua_scan(
         return *hidden, c.clone(), memory.clone(), read_weights.clone(), usage.clone(), nothing
     all_h, all_reads = (torch.stack(part) for part in zip(*outputs, strict=True))
     return all_h, all_reads, c, memory, read_weights, usage, torch.stack(chosen)
+
+
+def ntm_address(
+    memory: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    strengths: Tensor,
+    gates: Tensor,
+    shifts: Tensor,
+    sharpenings: Tensor,
+    *,
+    eps: float,
+) -> Tensor:
+    """The weights (B, H, N) of some heads from theirs of the step before (eqs. 5-9)."""
+    # Content: w_c = softmax(beta K(k, M)).
+    content = (strengths.unsqueeze(-1) * cosine_similarity(keys, memory, eps)).softmax(-1)
+
+    # Interpolation: w_g = g w_c + (1 - g) w_{t-1}.
+    gate = gates.unsqueeze(-1)
+    gated = gate * content + (1 - gate) * weights
+
+    # Circular shift: w~(i) = s(-1) w_g(i + 1) + s(0) w_g(i) + s(1) w_g(i - 1).
+    down, stay, up = shifts.unsqueeze(-1).unbind(-2)
+    shifted = down * gated.roll(-1, -1) + stay * gated + up * gated.roll(1, -1)
+
+    # Sharpening: w = w~^gamma / sum w~^gamma. Any common factor of w~ cancels: with the largest
+    # weight at 1 the powers stay in range, and the factor needs no gradient.
+    largest = shifted.detach().amax(-1, keepdim=True)
+    powers = (shifted / largest) ** sharpenings.unsqueeze(-1)
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def ntm_write(memory: Tensor, weights: Tensor, erases: Tensor, adds: Tensor) -> Tensor:
+    """M = M prod_h (1 - w_h e_h^T) + sum_h w_h a_h^T: all erases, then all adds (eqs. 3, 4)."""
+    erased = weights.unsqueeze(-1) * erases.unsqueeze(-2)  # (B, heads, N, W)
+    return memory * (1 - erased).prod(1) + weights.transpose(1, 2) @ adds
+
+
+def ntm_scan(
+    memory: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    strengths: Tensor,
+    gates: Tensor,
+    shifts: Tensor,
+    sharpenings: Tensor,
+    erases: Tensor,
+    adds: Tensor,
+    reset: Tensor | None = None,
+    *,
+    eps: float = 1e-8,
+    initial_value: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T steps: ``(reads, memory, weights)``, with the state replaced where ``reset`` (T, B).
+
+    Graves et al. leave the order of reading and writing open. Here, as with the LRUA, what a step
+    is given can be read at the same step: the write heads address M_{t-1}, all of them erase and
+    then add, and the read heads address and read M_t.
+    """
+    (batch, num_slots, width), heads = memory.shape, keys.shape[2]
+    read_heads = heads - erases.shape[2]
+    if reset is not None:
+        fresh = fresh_state(
+            batch, heads, num_slots, width, initial_value, memory.dtype, memory.device
+        )
+    reads = []
+    for t in range(keys.shape[0]):
+        if reset is not None:
+            again = reset[t].view(batch, 1, 1)
+            memory = torch.where(again, fresh[0], memory)
+            weights = torch.where(again, fresh[1], weights)
+        heads_now = (weights, keys[t], strengths[t], gates[t], shifts[t], sharpenings[t])
+        write_weights = ntm_address(memory, *(x[:, read_heads:] for x in heads_now), eps=eps)
+        memory = ntm_write(memory, write_weights, erases[t], adds[t])
+        read_weights = ntm_address(memory, *(x[:, :read_heads] for x in heads_now), eps=eps)
+        reads.append(read_weights @ memory)  # r = w M (eq. 2)
+        weights = torch.cat([read_weights, write_weights], 1)
+    if not reads:
+        return keys[:, :, :read_heads].clone(), memory.clone(), weights.clone()
+    return torch.stack(reads), memory, weights
 
 
 def content_read(

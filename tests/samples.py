@@ -122,6 +122,95 @@ def lrua_samples(seed: int = 0) -> list[Sample]:
     ]
 
 
+def _ntm_sample(
+    name: str,
+    steps: int = 5,
+    batch: int = 2,
+    slots: int = 20,
+    width: int = 6,
+    reads: int = 2,
+    writes: int = 1,
+    *,
+    strength: float = 2.0,
+    sharpening: float = 1.0,
+    reset: bool = False,
+    constant: bool = False,
+    scale: float = 1.0,
+    change: Callable[[list[Any]], None] | None = None,
+    extreme: bool = False,
+    seed: int = 0,
+) -> Sample:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) + 1000 * seed)
+    heads = reads + writes
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    if constant:
+        memory, weights, _ = reference.fresh_state(
+            batch, heads, slots, width, 1e-6, torch.float64, torch.device("cpu")
+        )
+    else:
+        memory = normal(batch, slots, width) * scale
+        weights = normal(batch, heads, slots).softmax(-1)
+    args: list[Any] = [
+        memory,
+        weights,
+        normal(steps, batch, heads, width) * scale,
+        strength * normal(steps, batch, heads).exp(),
+        normal(steps, batch, heads).sigmoid(),
+        normal(steps, batch, heads, 3).softmax(-1),
+        1 + sharpening * normal(steps, batch, heads).exp(),
+        normal(steps, batch, writes, width).sigmoid(),
+        normal(steps, batch, writes, width) * scale,
+        torch.rand(steps, batch, generator=generator) < 0.3 if reset else None,
+    ]
+    if change is not None:
+        change(args)
+    return Sample(name, tuple(args), {}, extreme)
+
+
+def _ntm_zero_rows(args: list[Any]) -> None:
+    args[0][:, ::2] = 0
+    args[2][1:3] = 0
+    args[7][2:] = 1  # erases all of what the write head is at
+
+
+def _ntm_non_contiguous(args: list[Any]) -> None:
+    args[0] = args[0].transpose(1, 2).contiguous().transpose(1, 2)
+    for i in range(2, 9):
+        args[i] = args[i].transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def ntm_samples(seed: int = 0) -> list[Sample]:
+    """Arguments (memory, weights, keys, strengths, gates, shifts, sharpenings, erases, adds,
+    reset), float64."""
+    _ntm = partial(_ntm_sample, seed=seed)
+    return [
+        _ntm("typical"),
+        _ntm("paper", 6, 2, 128, 40, 4),
+        _ntm("episode_start", 8, constant=True),
+        _ntm("reset", 9, 3, reset=True),
+        _ntm("several_write_heads", 7, writes=3, reset=True),
+        _ntm("one_slot", slots=1, reads=1),
+        _ntm("two_slots", slots=2),
+        _ntm("one_read_width_one", reads=1, width=1),
+        _ntm("tile_exact", slots=64, width=3),
+        _ntm("tile_and_one", slots=65, width=17, reads=3, writes=2),
+        _ntm("seven_reads_wide", 3, slots=33, width=129, reads=7),
+        _ntm("several_blocks", 3, 1, 2500, 8, 4),
+        _ntm("one_step", 1),
+        _ntm("no_steps", 0),
+        _ntm("no_batch", batch=0),
+        _ntm("non_contiguous", change=_ntm_non_contiguous),
+        _ntm("sharpened", sharpening=20.0, extreme=True),
+        _ntm("strong", strength=300.0, extreme=True),
+        _ntm("zero_rows_and_keys", change=_ntm_zero_rows, extreme=True),
+        _ntm("huge", scale=1e12, extreme=True),
+        _ntm("tiny", scale=1e-12, extreme=True),
+    ]
+
+
 def _lstm_lrua_sample(
     name: str,
     steps: int = 5,

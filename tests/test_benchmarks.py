@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import measure, scaling, workloads
+from benchmarks import measure, ntm, scaling, workloads
 from benchmarks.eager import eager_scan
 from mann_ext import ops, reference
 from mann_ext.models import MANN
@@ -22,6 +22,14 @@ def test_the_eager_scan_is_the_reference():
     expected = reference.lrua_scan(*inputs)[0]
     torch.testing.assert_close(eager_scan(*inputs), expected)
     torch.testing.assert_close(ops.lrua_scan(*inputs).reads, expected)
+
+
+def test_the_eager_ntm_is_the_reference():
+    inputs = ntm.scan_inputs(6, 2, 30, 8, 3)
+    inputs = (torch.randn(2, 30, 8), *inputs[1:])
+    expected = reference.ntm_scan(*inputs)[0]
+    torch.testing.assert_close(ntm.eager_scan(*inputs), expected)
+    torch.testing.assert_close(ops.ntm_scan(*inputs).reads, expected)
 
 
 def test_the_plain_model_is_the_mann():

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from mann_ext import LRUAMemory, _library, ops
 from mann_ext._library import backend
 from mann_ext.models import MANN
-from tests import test_content, test_lrua, test_lstm_lrua
+from tests import test_content, test_lrua, test_lstm_lrua, test_ntm
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -49,6 +49,7 @@ def on_gpu() -> Iterator[None]:
         backend("native"),
         mock.patch.object(test_lrua.ops, "lrua_scan", moved(ops.lrua_scan)),
         mock.patch.object(test_lrua.ops, "lrua_step", moved(ops.lrua_step)),
+        mock.patch.object(test_ntm.ops, "ntm_scan", moved(ops.ntm_scan)),
         mock.patch.object(test_content.ops, "content_read", moved(ops.content_read)),
         mock.patch.object(test_lstm_lrua.ops, "lstm_lrua_scan", moved(ops.lstm_lrua_scan)),
         mock.patch.object(test_lrua, "native_slots", _raw(test_lrua.native_slots)),
@@ -81,6 +82,13 @@ test_reset = test_lrua.test_no_gradient_crosses_a_reset
 test_sharp = test_lrua.test_sharp_reads_stay_finite
 test_steps = test_lrua.test_a_scan_is_a_loop_of_steps
 test_any_shape = test_lrua.test_any_shape
+test_ntm_float64 = test_ntm.test_native_equals_the_reference_in_float64
+test_ntm_float32 = test_ntm.test_float32_error_is_at_most_twice_the_references_own
+test_ntm_derivatives = test_ntm.test_gradcheck_and_gradgradcheck
+test_ntm_nan = test_ntm.test_nan_in_any_input_ends_up_where_the_reference_has_it
+test_ntm_huge = test_ntm.test_huge_values_stay_finite_in_float32
+test_ntm_steps = test_ntm.test_a_scan_is_a_loop_of_single_steps
+test_ntm_any_shape = test_ntm.test_any_shape
 test_content_float64 = test_content.test_native_equals_the_reference_in_float64
 test_content_float32 = test_content.test_float32_error_is_at_most_twice_the_references_own
 test_content_sixteen_bit = test_content.test_sixteen_bit_keys_are_summed_in_float32
@@ -224,6 +232,6 @@ def test_the_module_trains_as_on_the_cpu():
 
 
 def test_the_library_has_every_cuda_kernel():
-    names = {"lrua_scan", "content_read", "lstm_lrua_scan"}
+    names = {"lrua_scan", "ntm_scan", "content_read", "lstm_lrua_scan"}
     names |= {f"{name}_backward" for name in names}
     assert names <= _library.native_operators("cuda")

@@ -335,7 +335,7 @@ def test_a_model_without_memory_is_refused(tmp_path, capsys):
     train_here(dataclasses.replace(config, model=dataclasses.replace(config.model, kind="lstm")))
     capsys.readouterr()
     assert run("inspect", tmp_path) == 2
-    assert "without an external memory (LSTM); expected a MANN" in capsys.readouterr().err
+    assert "without an LRUA memory (LSTM); expected a MANN" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
 
 

@@ -18,6 +18,12 @@ KINDS = {
     "mann_feedforward": lambda **o: MANN(
         6, 3, 8, controller="feedforward", num_slots=10, slot_size=4, num_reads=2, **o
     ),
+    "mann_ntm": lambda **o: MANN(
+        6, 3, 8, addressing="ntm", num_slots=10, slot_size=4, num_reads=2, **o
+    ),
+    "ntm_feedback": lambda **o: MANN(
+        6, 3, 8, addressing="ntm", num_slots=10, slot_size=4, num_reads=2, read_feedback=True, **o
+    ),
     "lstm": lambda **o: LSTM(6, 3, 8, **o),
     "feedforward": lambda **o: FeedForward(6, 3, 8, **o),
 }
@@ -100,19 +106,24 @@ def test_read_feedback_feeds_the_reads_back():
     assert not torch.equal(model(inputs(1, 2, 6), state)[0], model(inputs(1, 2, 6), other)[0])
 
 
-def test_state_survives_a_file_read_without_pickle():
-    _, state = make("mann")(inputs(3, 2, 6))
+@pytest.mark.parametrize("kind", ["mann", "mann_ntm"])
+def test_state_survives_a_file_read_without_pickle(kind):
+    _, state = make(kind)(inputs(3, 2, 6))
     file = io.BytesIO()
     torch.save(state.detach(), file)
     file.seek(0)
     assert isinstance(torch.load(file, weights_only=True), MANNState)
 
 
-@pytest.mark.parametrize("kind", ["mann", "feedback", "mann_feedforward"])
+@pytest.mark.parametrize("kind", ["mann", "feedback", "mann_feedforward", "mann_ntm"])
 def test_it_learns_to_repeat_a_label_it_was_shown(kind):
     """Two keys get labels at steps 0 and 1; step 2 shows one of them again."""
     torch.manual_seed(0)
-    options = {"read_strength": 5.0, "write_content": True, "num_slots": 6, "slot_size": 16}
+    options = {"read_strength": 5.0, "num_slots": 6, "slot_size": 16}
+    if kind == "mann_ntm":
+        options["addressing"] = "ntm"
+    else:
+        options["write_content"] = True
     model = MANN(
         6, 2, 32, num_reads=1, read_feedback=kind == "feedback",
         controller="feedforward" if kind == "mann_feedforward" else "lstm", **options,
@@ -149,5 +160,7 @@ def test_bad_input_is_named(kind):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="lstm"):
         MANN(6, 3, controller="gru")
+    with pytest.raises(ValueError, match="addressing 'lrua' or 'ntm', got 'dnc'"):
+        MANN(6, 3, addressing="dnc")
     with pytest.raises(ValueError, match="batch_first"):
         MANN(6, 3, batch_first=True)

@@ -17,9 +17,17 @@ from torch import nn
 from mann_ext import checkpoint, training
 from mann_ext.checkpoint import CheckpointError
 from mann_ext.distributed import Processes
+from mann_ext.experiments import preset
 from mann_ext.experiments.config import ConfigError, OptimiserConfig
-from mann_ext.experiments.few_shot import Accuracy, FewShot, count
-from mann_ext.experiments.santoro import EvalOptions, ModelConfig, SantoroConfig
+from mann_ext.experiments.few_shot import Accuracy, FewShot, build_model, count
+from mann_ext.experiments.santoro import (
+    EvalOptions,
+    ModelConfig,
+    SantoroConfig,
+    paper_name,
+    paper_rows,
+)
+from mann_ext.memory import NTMMemory
 from mann_ext.training import TrainingError, learning_rate, train
 from tests.tiny_training import (
     TINY,
@@ -112,12 +120,22 @@ def test_a_curriculum_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert other["config"]["episodes"]["ways_most"] == 4
 
 
-def test_training_learns_what_can_be_learned(tmp_path: Path) -> None:
+def test_the_preset_of_the_ntms_row_in_table_2() -> None:
+    config = preset("santoro-15way-strings-ntm")
+    assert isinstance(config, SantoroConfig)
+    model = build_model(config.model, 425, 25)
+    assert isinstance(model.memory, NTMMemory)
+    assert (model.memory.num_reads, model.memory.num_writes) == (4, 1)
+    assert paper_rows(config)[paper_name(config.model)][-1] == 88.4
+
+
+@pytest.mark.parametrize("memory", ["lrua", "ntm"])
+def test_training_learns_what_can_be_learned(tmp_path: Path, memory: Any) -> None:
     # One class an episode: its string has to be guessed once and can be repeated from then on.
     config = tiny(tmp_path, minibatches=200, log_every=50, eval_every=0, final_episodes=64)
     config = replace(
         config,
-        model=ModelConfig(hidden_size=32, num_slots=16, slot_size=12, num_reads=2),
+        model=ModelConfig(memory=memory, hidden_size=32, num_slots=16, slot_size=12, num_reads=2),
         episodes=replace(
             config.episodes, augment=False, ways=1, length=5, labels="string", batch_size=16
         ),

@@ -57,23 +57,6 @@ struct LeastUsed {
   }
 };
 
-// Takes aligned pieces off one allocation; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* p = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(p);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 // Per-thread room for what lives only within one block; `which` tells several such rooms apart.
 template <int which>
 inline char* thread_scratch(int64_t bytes) {
@@ -394,20 +377,6 @@ struct Scan {
                      (key_norm[r] * length + static_cast<A>(p.options.eps)));
     }
   }
-
-  // x . y in double.
-  static double dot(const A* x, const A* y, int64_t width) {
-    constexpr int L = kLanes<double>;
-    Vec<double> sum[2] = {};
-    int64_t j = 0;
-    for (; j + 2 * L <= width; j += 2 * L)
-      for (int v = 0; v < 2; ++v) sum[v] += widen(x + j + v * L) * widen(y + j + v * L);
-    for (; j + L <= width; j += L) sum[0] += widen(x + j) * widen(y + j);
-    double total = sum_lanes<double>(sum[0] + sum[1]);
-    for (; j < width; ++j) total += static_cast<double>(x[j]) * y[j];
-    return total;
-  }
-  static A norm(const A* v, int64_t width) { return static_cast<A>(std::sqrt(dot(v, v, width))); }
 
   static void save_erased(const Forward& p, int64_t b, int64_t t, const int64_t* slots,
                           int64_t tile, const S* src) {
@@ -759,7 +728,7 @@ struct Scan {
 
     A key_norm[kMaxHeads], beta[kMaxHeads], expected[kMaxHeads];
     for (int64_t r = 0; r < heads; ++r) {
-      key_norm[r] = Scan::norm(keys + r * s.width, s.width);
+      key_norm[r] = norm(keys + r * s.width, s.width);
       beta[r] = strength(p.in, s, t, b, r);
       // sum_i w_i dL/dw_i: what the softmax's gradient takes off every slot's.
       expected[r] =
@@ -935,7 +904,7 @@ struct Scan {
     A* grad_contents =
         p.grad_contents ? static_cast<A*>(p.grad_contents) + at(s, t, b) * rw : nullptr;
     for (int64_t r = 0; r < s.heads; ++r) {
-      const A key_norm = Scan::norm(keys + r * s.width, s.width);
+      const A key_norm = norm(keys + r * s.width, s.width);
       const A own = sums[2 * rw + 3 * s.heads + r];
       const A along = key_norm > A(0) ? own / key_norm : A(0);
       for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i)
@@ -1139,7 +1108,7 @@ struct Chunks : Scan<A, A> {
         const A* y = vectors(p.in, s, t + v, b) + r * s.width;
         for (int64_t q = 0; q < (v + 1) * s.heads; ++q) {
           const A* x = Base::content(p.in, s, t + q / s.heads, b) + q % s.heads * s.width;
-          gram[q * all + v * s.heads + r] = static_cast<A>(Base::dot(x, y, s.width));
+          gram[q * all + v * s.heads + r] = static_cast<A>(dot(x, y, s.width));
         }
       }
   }
@@ -1203,7 +1172,7 @@ struct Chunks : Scan<A, A> {
     for (int64_t r = 0; r < s.heads; ++r) now[r] = write + r * kTile;
     A key_norm[kMaxHeads], beta[kMaxHeads];
     for (int64_t r = 0; r < s.heads; ++r) {
-      key_norm[r] = Base::norm(keys + r * s.width, s.width);
+      key_norm[r] = norm(keys + r * s.width, s.width);
       beta[r] = Base::strength(p.in, s, t, b, r);
     }
     const A* key_now = scratch.key_gram + before * all + before;

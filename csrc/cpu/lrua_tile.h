@@ -11,6 +11,41 @@ namespace MANN_EXT_ISA {
 
 using mann_ext::lrua::kTile;
 
+// Takes aligned pieces off one allocation; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// x . y in double.
+template <class A>
+inline double dot(const A* x, const A* y, int64_t width) {
+  constexpr int L = kLanes<double>;
+  Vec<double> sum[2] = {};
+  int64_t j = 0;
+  for (; j + 2 * L <= width; j += 2 * L)
+    for (int v = 0; v < 2; ++v) sum[v] += widen(x + j + v * L) * widen(y + j + v * L);
+  for (; j + L <= width; j += L) sum[0] += widen(x + j) * widen(y + j);
+  double total = sum_lanes<double>(sum[0] + sum[1]);
+  for (; j < width; ++j) total += static_cast<double>(x[j]) * y[j];
+  return total;
+}
+template <class A>
+inline A norm(const A* v, int64_t width) {
+  return static_cast<A>(std::sqrt(dot(v, v, width)));
+}
+
 // Vectors of slots worked on together: as many as keep every accumulator in a register.
 constexpr int kTogether = kRegisters == 32 ? 2 : 1;
 

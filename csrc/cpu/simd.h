@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -346,6 +347,32 @@ MANN_EXT_INLINE Vec<A> exponential(Vec<A> x) {
   const Mask exponent = (reinterpret_cast<Mask>(shifted) + kBias) << kMantissa;
   const Vec<A> result = p * reinterpret_cast<Vec<A>>(exponent);
   return below ? Vec<A>{} : result;
+}
+
+// ln(x) to about two units in the last place; minus infinity for zero and below the normal range,
+// NaN for negative numbers and NaN. x = 2^n m with m around 1, ln(m) = 2 artanh((m - 1) / (m + 1)).
+template <class A>
+MANN_EXT_INLINE Vec<A> logarithm(Vec<A> x) {
+  using Mask = typename Lanes<A>::mask;
+  using Int = typename Lanes<A>::Int;
+  constexpr bool kSingle = sizeof(A) == 4;
+  constexpr int kMantissa = kSingle ? 23 : 52;
+  constexpr Int kRootOfHalf = kSingle ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);
+  constexpr A kSmallest = kSingle ? A(0x1p-126) : A(0x1p-1022);
+  constexpr A kLn2High = kSingle ? A(0.693145751953125) : A(6.93147180369123816490e-01);
+  constexpr A kLn2Low = kSingle ? A(1.42860682030941723212e-6) : A(1.90821492927058770002e-10);
+  const Mask bits = reinterpret_cast<Mask>(x);
+  const Mask power = (bits - kRootOfHalf) >> kMantissa;
+  const Vec<A> n = __builtin_convertvector(power, Vec<A>);
+  const Vec<A> m = reinterpret_cast<Vec<A>>(bits - (power << kMantissa));
+  const Vec<A> s = (m - A(1)) / (m + A(1)), z = s * s;
+  constexpr int kTerms = kSingle ? 4 : 10;
+  Vec<A> p = broadcast<A>(A(2) / A(2 * kTerms + 1));
+#pragma GCC unroll 16
+  for (int i = kTerms - 1; i > 0; --i) p = p * z + A(2) / A(2 * i + 1);
+  Vec<A> result = n * kLn2High + (n * kLn2Low + (s * z * p + A(2) * s));
+  result = x < kSmallest ? broadcast<A>(-std::numeric_limits<A>::infinity()) : result;
+  return x >= A(0) ? result : broadcast<A>(std::numeric_limits<A>::quiet_NaN());
 }
 
 }  // namespace MANN_EXT_ISA

@@ -299,23 +299,30 @@ def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Mo
         return models.LSTM(input_size, output_size, config.hidden_size)
     if config.kind == "feedforward":
         return models.FeedForward(input_size, output_size, config.hidden_size)
+    options: dict[str, Any] = {
+        "num_slots": config.num_slots,
+        "slot_size": config.slot_size,
+        "num_reads": config.num_reads,
+        "read_strength": config.read_strength,
+        "key_activation": config.key_activation,
+        "gate_bias": config.gate_bias,
+        "initial_value": config.initial_value,
+    }
+    if config.memory == "ntm":
+        options["num_writes"] = config.num_writes
+    else:
+        options["usage_decay"] = config.usage_decay
+        options["least_used"] = config.least_used
+        options["learn_strength"] = config.learn_strength
+        options["write_content"] = config.write_content
     return models.MANN(
         input_size,
         output_size,
         config.hidden_size,
         controller=config.controller,
+        addressing=config.memory,
         read_feedback=config.read_feedback,
-        num_slots=config.num_slots,
-        slot_size=config.slot_size,
-        num_reads=config.num_reads,
-        usage_decay=config.usage_decay,
-        least_used=config.least_used,
-        read_strength=config.read_strength,
-        learn_strength=config.learn_strength,
-        write_content=config.write_content,
-        key_activation=config.key_activation,
-        gate_bias=config.gate_bias,
-        initial_value=config.initial_value,
+        **options,
     )
 
 

@@ -28,12 +28,17 @@ class ModelConfig:
     kind: Literal["mann", "lstm", "feedforward"] = "mann"
     controller: Literal["lstm", "feedforward"] = "lstm"
     """Of the MANN."""
+    memory: Literal["lrua", "ntm"] = "lrua"
+    """Of the MANN: least recently used access, or the addressing of the Neural Turing Machine, for
+    which usage_decay, least_used, learn_strength and write_content mean nothing."""
     hidden_size: int = 200
     read_feedback: bool = False
     """Feed the previous reads to the controller, which then runs step by step."""
     num_slots: int = 128
     slot_size: int = 40
     num_reads: int = 4
+    num_writes: int = 1
+    """Write heads of the NTM; the LRUA's read heads write too."""
     usage_decay: float = 0.99
     least_used: Literal["per_head", "shared"] = "shared"
     read_strength: float = 10.0
@@ -48,7 +53,7 @@ class ModelConfig:
     """What every episode's memory starts from."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_slots", "slot_size", "num_reads"):
+        for name in ("hidden_size", "num_slots", "slot_size", "num_reads", "num_writes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
@@ -223,6 +228,10 @@ PRESETS: dict[str, tuple[SantoroConfig, str]] = {
         _with_model(FIFTEEN_WAY_STRINGS, controller="feedforward"),
         "table 2, MANN with a feed-forward controller: 15 classes, string labels",
     ),
+    "santoro-15way-strings-ntm": (
+        _with_model(FIFTEEN_WAY_STRINGS, memory="ntm"),
+        "table 2, MANN with NTM addressing: 15 classes, string labels",
+    ),
     "santoro-15way-strings-lstm": (
         _with_model(FIFTEEN_WAY_STRINGS, kind="lstm"),
         "table 2, LSTM: 15 classes, string labels",
@@ -263,6 +272,8 @@ PAPER_ACCURACY: dict[tuple[str, int], dict[str, tuple[float, ...]]] = {
 def paper_name(model: ModelConfig) -> str:
     """What the paper calls this model in its tables."""
     if model.kind == "mann":
+        if model.memory == "ntm":
+            return "MANN (NTM addressing)"
         return "MANN" if model.controller == "lstm" else "MANN, feed-forward"
     return "LSTM" if model.kind == "lstm" else "feed-forward"
 

@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from mann_ext import ops, reference
 from mann_ext.memory import _inputs
+from mann_ext.memory._module import MemoryModule
 from mann_ext.ops._common import MEMORY_DTYPES
 from mann_ext.ops.lrua import LeastUsed
 
@@ -57,7 +58,7 @@ class LRUAMemoryTrace(NamedTuple):
 torch.serialization.add_safe_globals([LRUAState, LRUAMemoryTrace])
 
 
-class LRUAMemory(nn.Module):
+class LRUAMemory(MemoryModule[LRUAState]):
     """An external memory read by content and written to its least recently used slots.
 
     Each step maps the input x_t by one linear layer to keys, gates and, where asked for, contents
@@ -100,6 +101,8 @@ class LRUAMemory(nn.Module):
         (torch.Size([5, 3, 16]), torch.Size([3, 32, 8]))
         >>> reads, state = memory(torch.randn(5, 3, 16), state.detach())
     """
+
+    state_class = LRUAState
 
     def __init__(
         self,
@@ -181,11 +184,6 @@ class LRUAMemory(nn.Module):
             if self.raw_strength is not None:
                 self.raw_strength.fill_(raw)
 
-    @property
-    def output_size(self) -> int:
-        """R * W, numbers in the reads of one step."""
-        return self.num_reads * self.slot_size
-
     def extra_repr(self) -> str:
         text = (
             f"{self.input_size}, num_slots={self.num_slots}, slot_size={self.slot_size}, "
@@ -255,65 +253,21 @@ class LRUAMemory(nn.Module):
         Raises:
             ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
         """
+        if not return_trace:
+            return super().forward(x, state, reset_mask=reset_mask)
         if isinstance(x, PackedSequence):
-            if return_trace:
-                raise ValueError(
-                    "LRUAMemory: return_trace does not go with a PackedSequence; pass padded x "
-                    "instead, and leave out the steps after each sequence's end"
-                )
-            return self._forward_packed(x, state, reset_mask)
-        layout = "(B, T, I)" if self.batch_first else "(T, B, I)"
-        layout += f" or (T, I) with I={self.input_size}"
-        _inputs.check_input("LRUAMemory", x, self.interface.weight, self.input_size, layout, (2, 3))
-        _inputs.check_reset_mask("LRUAMemory", reset_mask, x)
-        batched = x.dim() == 3
-        if not batched:
-            self.check_state(state, 0, x, batched=False)
-            x = x.unsqueeze(1)
-            state = None if state is None else LRUAState(*(part.unsqueeze(0) for part in state))
-            reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
-        elif self.batch_first:
-            x = x.transpose(0, 1)
-            reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
-        trace = None
-        if return_trace:
-            reads, state, trace = self._trace(x, state, reset_mask)
-        else:
-            reads, state = self._scan(x, state, reset_mask)
-        if not batched:
-            state = LRUAState(*(part.squeeze(0) for part in state))
-        if trace is None:
-            return self._laid_out(reads, batched), state
+            raise ValueError(
+                "LRUAMemory: return_trace does not go with a PackedSequence; pass padded x "
+                "instead, and leave out the steps after each sequence's end"
+            )
+        x, state, reset_mask, batched = self._time_first(x, state, reset_mask)
+        reads, state, trace = self._trace(x, state, reset_mask)
         laid_out = LRUAMemoryTrace(*(self._laid_out(part, batched) for part in trace))
-        return self._laid_out(reads, batched), state, laid_out
-
-    def _laid_out(self, part: Tensor, batched: bool) -> Tensor:
-        """(T, B, ...) as the caller's x is."""
-        if not batched:
-            return part.squeeze(1)
-        return part.transpose(0, 1) if self.batch_first else part
-
-    def step(
-        self, x: Tensor, state: LRUAState | None = None, *, reset_mask: Tensor | None = None
-    ) -> tuple[Tensor, LRUAState]:
-        """One step: x (B, I), reset_mask (B,) -> reads (B, R * W) and the new state.
-
-        Raises:
-            ValueError, TypeError: x, state or reset_mask does not fit; the message says how.
-        """
-        name, layout = "LRUAMemory.step", f"(B, {self.input_size})"
-        _inputs.check_input(name, x, self.interface.weight, self.input_size, layout, (2,))
-        _inputs.check_reset_mask(name, reset_mask, x)
-        mask = None if reset_mask is None else reset_mask.unsqueeze(0)
-        reads, state = self._scan(x.unsqueeze(0), state, mask)
-        return reads.squeeze(0), state
+        return self._laid_out(reads, batched), self._state_laid_out(state, batched), laid_out
 
     def _scan(
-        self, x: Tensor, state: LRUAState | None, reset_mask: Tensor | None
+        self, x: Tensor, state: LRUAState, reset_mask: Tensor | None
     ) -> tuple[Tensor, LRUAState]:
-        self.check_state(state, x.shape[1], x)
-        if state is None:
-            state = self.initial_state(x.shape[1])
         keys, gates, strengths, contents = self._arguments(x)
         output = ops.lrua_scan(
             *state, keys, gates, strengths, contents, reset_mask, usage_decay=self.usage_decay,
@@ -394,58 +348,9 @@ class LRUAMemory(nn.Module):
         strengths = self.head_strengths()
         return None if strengths is None else strengths.expand_as(gates)
 
-    def check_state(
-        self, state: LRUAState | None, batch: int, x: Tensor, batched: bool = True
-    ) -> None:
-        """Raises ValueError or TypeError if the state does not fit; the message says how."""
-        if state is None:
-            return
-        shapes = {
+    def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {
             "memory": (batch, self.num_slots, self.slot_size),
             "read_weights": (batch, self.num_reads, self.num_slots),
             "usage": (batch, self.num_slots),
         }
-        _inputs.check_state("LRUAMemory", state, shapes, x, batched)
-
-    def _forward_packed(
-        self, x: PackedSequence, state: LRUAState | None, reset_mask: Tensor | None
-    ) -> tuple[PackedSequence, LRUAState]:
-        if reset_mask is not None:
-            raise ValueError(
-                "LRUAMemory: reset_mask does not go with a PackedSequence; pass padded x instead"
-            )
-        _inputs.check_input(
-            "LRUAMemory", x.data, self.interface.weight, self.input_size,
-            f"(steps in all, {self.input_size}) in the PackedSequence", (2,),
-        )  # fmt: skip
-        padded, lengths = pad_packed_sequence(x)
-        self.check_state(state, padded.shape[1], x.data)
-        if state is None:
-            state = self.initial_state(padded.shape[1])
-        # Sequences are cut where one ends, so that each keeps the state of its own last step.
-        order = torch.argsort(lengths, descending=True, stable=True)
-        ends = sorted(set(lengths.tolist()))
-        current = LRUAState(*(part[order] for part in state))
-        padded = padded[:, order]
-        reads: list[Tensor] = []
-        finished: list[LRUAState] = []
-        start = 0
-        for end in ends:
-            alive = int((lengths >= end).sum())
-            if current.memory.shape[0] > alive:
-                finished.append(LRUAState(*(part[alive:] for part in current)))
-                current = LRUAState(*(part[:alive] for part in current))
-            part, current = self._scan(padded[start:end, :alive], current, None)
-            reads.append(nn.functional.pad(part, (0, 0, 0, padded.shape[1] - alive)))
-            start = end
-        finished.append(current)
-        back = torch.argsort(order)
-        final = LRUAState(
-            *(torch.cat(parts)[back] for parts in zip(*reversed(finished), strict=True))
-        )
-        together = torch.cat(reads)[:, back]
-        if x.sorted_indices is not None:
-            together, lengths = together[:, x.sorted_indices], lengths[x.sorted_indices.cpu()]
-        data = pack_padded_sequence(together, lengths).data
-        packed = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
-        return packed, final

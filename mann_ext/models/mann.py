@@ -1,4 +1,4 @@
-"""The memory-augmented network of Santoro et al. (2016): a controller around an LRUA memory."""
+"""The memory-augmented network of Santoro et al. (2016): a controller around a memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mann_ext import _library
-from mann_ext.memory import LRUAMemory, LRUAMemoryTrace, LRUAState, _inputs
+from mann_ext.memory import (
+    LRUAMemory,
+    LRUAMemoryTrace,
+    LRUAState,
+    NTMMemory,
+    NTMState,
+    _inputs,
+)
+from mann_ext.memory._module import MemoryModule
 from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController
 from mann_ext.ops.lstm import needs_loop
 from mann_ext.ops.lstm_lrua import lstm_lrua_scan
@@ -20,13 +28,14 @@ from mann_ext.reference import accumulation_dtype
 __all__ = ["MANN", "MANNState", "make_controller"]
 
 ControllerName = Literal["lstm", "feedforward"]
+Addressing = Literal["lrua", "ntm"]
 
 
 class MANNState(NamedTuple):
     """State between calls: the controller's, the memory's, and the last reads (B, R * W)."""
 
     controller: ControllerState
-    memory: LRUAState
+    memory: LRUAState | NTMState
     reads: Tensor
 
     def detach(self) -> MANNState:
@@ -47,8 +56,16 @@ def make_controller(
     raise ValueError(f"expected controller 'lstm' or 'feedforward', got {name!r}")
 
 
+def make_memory(addressing: str, input_size: int, **options: Any) -> MemoryModule[Any]:
+    if addressing == "lrua":
+        return LRUAMemory(input_size, **options)
+    if addressing == "ntm":
+        return NTMMemory(input_size, **options)
+    raise ValueError(f"MANN: expected addressing 'lrua' or 'ntm', got {addressing!r}")
+
+
 class MANN(nn.Module):
-    """Controller and LRUA memory: h_t from x_t, reads r_t keyed by h_t, output W [h_t, r_t] + b.
+    """Controller and memory: h_t from x_t, reads r_t keyed by h_t, output W [h_t, r_t] + b.
 
     For few-shot classification x_t is an image and the label of the image before it,
     [x_t, y_{t-1}], and the output scores the labels of x_t.
@@ -58,14 +75,16 @@ class MANN(nn.Module):
         output_size: O.
         hidden_size: H of the controller.
         controller: "lstm" or "feedforward" (one hidden layer).
+        addressing: the memory, "lrua" (:class:`mann_ext.LRUAMemory`) or "ntm"
+            (:class:`mann_ext.NTMMemory`; the row "MANN (NTM)" of the paper's table 2).
         read_feedback: also feed r_{t-1} to the controller, as the paper's main text does; without,
-            as in the paper's supplement. With an LSTM it is one call for all steps where
-            :func:`mann_ext.ops.lstm_lrua_scan` has a kernel; under autocast and torch.func, and
-            with a feed-forward controller, it runs step by step.
+            as in the paper's supplement. With an LSTM and the LRUA it is one call for all steps
+            where :func:`mann_ext.ops.lstm_lrua_scan` has a kernel; otherwise, and under autocast
+            and torch.func, it runs step by step.
         fused: how the LSTM runs, see ``LSTMController``; False also for a loop over the steps of
             controller and memory where reads are fed back.
         device, dtype: of the parameters.
-        **memory: keywords of :class:`mann_ext.LRUAMemory` (num_slots, slot_size, num_reads, ...).
+        **memory: the memory's keywords (num_slots, slot_size, num_reads, ...).
 
     Raises:
         ValueError: an argument is out of range.
@@ -84,6 +103,7 @@ class MANN(nn.Module):
         hidden_size: int = 200,
         *,
         controller: ControllerName = "lstm",
+        addressing: Addressing = "lrua",
         read_feedback: bool = False,
         fused: bool | None = None,
         device: torch.device | str | None = None,
@@ -99,7 +119,7 @@ class MANN(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.input_size, self.output_size = input_size, output_size
         self.read_feedback = read_feedback
-        self.memory = LRUAMemory(hidden_size, **memory, **factory)  # type: ignore[arg-type]
+        self.memory = make_memory(addressing, hidden_size, **memory, **factory)
         reads = self.memory.output_size
         self.controller = make_controller(
             controller, input_size + (reads if read_feedback else 0), hidden_size, fused, **factory
@@ -182,6 +202,8 @@ class MANN(nn.Module):
         state = self._checked_state(state, x)
         trace = None
         if return_trace:
+            if not isinstance(self.memory, LRUAMemory):
+                raise ValueError("MANN: return_trace expects addressing 'lrua', got 'ntm'")
             _inputs.check_traceable("MANN", x)
         if self.read_feedback and x.shape[0] > 0:
             self.memory.check_state(state.memory, x.shape[1], x)
@@ -222,6 +244,7 @@ class MANN(nn.Module):
         """Whether the operator ``lstm_lrua_scan`` has a kernel for this call."""
         return (
             isinstance(self.controller, LSTMController)
+            and isinstance(self.memory, LRUAMemory)
             and self.controller.fused is not False
             and x.dtype == accumulation_dtype(state.memory.memory.dtype)
             and not torch.is_autocast_enabled(x.device.type)
@@ -234,6 +257,8 @@ class MANN(nn.Module):
     ) -> tuple[Tensor, MANNState]:
         controller, memory = self.controller, self.memory
         assert isinstance(controller, LSTMController)
+        assert isinstance(memory, LRUAMemory)
+        assert isinstance(state.memory, LRUAState)
         h, c, reads, weights, usage = (
             part.to(x.dtype)
             for part in (

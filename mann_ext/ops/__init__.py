@@ -4,6 +4,7 @@ from mann_ext.ops.content import ContentRead, content_read
 from mann_ext.ops.lrua import HISTORY_BUDGET, LRUAScanOutput, lrua_scan, lrua_step
 from mann_ext.ops.lstm import LSTMScanOutput, lstm_scan
 from mann_ext.ops.lstm_lrua import LSTMLRUAScanOutput, lstm_lrua_scan
+from mann_ext.ops.ntm import NTMScanOutput, ntm_scan
 
 __all__ = [
     "HISTORY_BUDGET",
@@ -11,9 +12,11 @@ __all__ = [
     "LRUAScanOutput",
     "LSTMLRUAScanOutput",
     "LSTMScanOutput",
+    "NTMScanOutput",
     "content_read",
     "lrua_scan",
     "lrua_step",
     "lstm_lrua_scan",
     "lstm_scan",
+    "ntm_scan",
 ]

@@ -16,7 +16,8 @@ __all__ = ["HISTORY_BUDGET", "LRUAScanOutput", "LeastUsed", "lrua_scan", "lrua_s
 LeastUsed = Literal["per_head", "shared"]
 
 HISTORY_BUDGET = 4 * 2**20
-"""Bytes up to which every M_t of a scan is saved for the backward pass; above, it rolls back.
+"""Bytes up to which every M_t of a scan is saved for the backward pass; above, it rolls back
+(``lrua_scan``) or makes what lies between snapshots again (``ntm_scan``).
 
 More than a cache holds is slower to save and load than to undo."""
 
