@@ -10,10 +10,13 @@ from torch.nn.utils.rnn import pack_sequence
 
 from mann_ext import LRUAMemory, LRUAMemoryTrace, LRUAState, reference
 from mann_ext.models import MANN
-from tests.test_memory import inputs, make, options
+from tests.test_memory import OPTIONS, inputs, make
 
 RESET = torch.zeros(7, 3, dtype=torch.bool)
 RESET[4, 1] = RESET[0, 2] = RESET[6, 2] = True
+options = pytest.mark.parametrize(
+    "chosen", [chosen for kind, chosen in OPTIONS if kind is LRUAMemory]
+)
 resets = pytest.mark.parametrize("reset", [None, RESET])
 
 
