@@ -229,7 +229,7 @@ PRESETS: dict[str, tuple[SantoroConfig, str]] = {
         "table 2, MANN with a feed-forward controller: 15 classes, string labels",
     ),
     "santoro-15way-strings-ntm": (
-        _with_model(FIFTEEN_WAY_STRINGS, memory="ntm"),
+        _with_model(FIFTEEN_WAY_STRINGS, memory="ntm", num_slots=128),
         "table 2, MANN with NTM addressing: 15 classes, string labels",
     ),
     "santoro-15way-strings-lstm": (

@@ -88,10 +88,17 @@ TABLE_2 = Reproduction(
         f"do not know. {_MOVED} The paper's own test images seem to be moved: with them our "
         "nearest neighbours come near the paper's, without they are far better."
     ),
-    # A memory with NTM addressing adds a row "mann-ntm-15" here, "MANN (NTM addressing)".
-    runs=_table_2_runs(5, 40) + _table_2_runs(15, 110),
+    runs=(
+        *_table_2_runs(5, 40),
+        *_table_2_runs(15, 110),
+        Run(
+            "mann-ntm-15", "MANN (NTM addressing)",
+            _model(FIFTEEN_WAY_STRINGS, memory="ntm", num_slots=128),
+            "santoro-15way-strings-ntm", 150,
+        ),
+    ),
     module="mann_ext.experiments.classification",
-)
+)  # fmt: skip
 
 PERSISTENT = Reproduction(
     name="santoro-persistent",
