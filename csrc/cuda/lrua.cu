@@ -72,14 +72,27 @@ bool aligned_rows(const Scan<A, S>& scan) {
 // How a scan is computed. Resident: one launch for all steps, the memory of a batch element in the
 // shared memory of one multiprocessor. That is wherever memory, weights, usage and room for sums
 // fit there, as 1,000 slots of 40 float32 numbers do forward and 350 backward. Streaming:
-// everything else. Both save the same for the backward pass, which chooses for itself.
-// MANN_EXT_CUDA_REGIME=streaming, which is read at each call, streams these as well.
+// everything else, and there writes may be deferred. All save the same for the backward pass, which
+// chooses for itself. MANN_EXT_CUDA_REGIME=streaming, which is read at each call, streams all.
 template <class Bytes>
 bool is_resident(const Sizes& s, Bytes&& bytes) {
   const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");
   if (regime != nullptr && std::string_view(regime) == "streaming") return false;
   const auto most = static_cast<int64_t>(max_shared_bytes());
   return s.heads <= kGroup && s.width <= kMaxResidentWidth && s.slots <= most && bytes() <= most;
+}
+
+// With the writes of `chunk` steps deferred together, if more than one and there is room for that.
+template <class A, class S>
+void stream_forward(const Forward<A, S>& p, const Tensor& like, bool vectors, int64_t chunk) {
+  if constexpr (std::is_same_v<A, S>) {
+    const auto most = static_cast<int64_t>(max_shared_bytes());
+    if (chunk > 1 && forward_chunked_bytes(p, vectors, chunk) <= most) {
+      forward_chunked(p, like, vectors, chunk);
+      return;
+    }
+  }
+  forward_streaming(p, like, vectors);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
@@ -95,6 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
   tensors::check_options(snapshot_every, chunk);
   const OnDevice device(memory);
   tensors::Outputs out = tensors::make_outputs(in, sizes, snapshot_every, save_for_backward);
+  const bool snapshots = save_for_backward && snapshot_every > 0;
+  const int64_t steps = tensors::steps_a_chunk(sizes, in.dtype(), chunk, snapshots);
   if (s.steps == 0) {
     tensors::pass_through(out, in, usage);
   } else if (s.batch > 0) {
@@ -113,13 +128,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
         p.history.weights = pointer<A>(out.weight_history);
         p.history.slots = pointer<int64_t>(out.slot_history);
         if (snapshot_every != 1) p.history.erased_rows = pointer<S>(out.erased_rows);
-        if (snapshot_every > 0) p.history.snapshots = pointer<S>(out.snapshots);
+        if (snapshots) p.history.snapshots = pointer<S>(out.snapshots);
       }
       const bool vectors = aligned_rows(p.scan) && aligned(p.history.memory_out);
       if (is_resident(s, [&] { return forward_resident_bytes(p, vectors); }))
         forward_resident(p, memory, vectors);
       else
-        forward_streaming(p, memory, vectors);
+        stream_forward(p, memory, vectors, steps);
     });
   }
   return {out.reads,          out.memory,       out.weights,     out.usage,
