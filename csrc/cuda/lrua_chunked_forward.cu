@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / kWarp;
-constexpr int kStepBlocks = 4;  // on a multiprocessor
+constexpr int kStepBlocks = 2;  // on a multiprocessor at a time, which limits their registers
 
 // A warp of the turn has a strip of every row of a tile: each thread one run of columns of some
 // rows, in registers while all steps of the chunk are made up for.
@@ -29,7 +29,7 @@ constexpr int kThreadRows = 32 / static_cast<int>(sizeof(A));
 template <class A>
 constexpr int kTileRows = kWarp / kStripRuns * kThreadRows<A>;
 template <class A>
-constexpr int kTurnBlocks = sizeof(A) == 4 ? 4 : 2;
+constexpr int kTurnBlocks = sizeof(A) == 4 ? 3 : 2;
 static_assert(mann_ext::lrua::kPadding % kTileRows<float> == 0);
 
 struct Chunk {
@@ -304,9 +304,9 @@ __device__ __forceinline__ double dot_by_warp(const A* x, const A* y, int width)
 // blocks. (The backward pass takes a read for the mean of the rows under weights that sum to one.)
 // The others have a warp for each number of the Gram matrices, and one for each vector alone.
 template <class A>
-__global__ __launch_bounds__(kWeightThreads) void chunk_begin(const ChunkPass<A> p,
-                                                              const Chunk done, const Chunk next,
-                                                              const int64_t blocks) {
+__global__ __launch_bounds__(kWeightThreads,
+                             kStepBlocks) void chunk_begin(const ChunkPass<A> p, const Chunk done,
+                                                           const Chunk next, const int64_t blocks) {
   __shared__ double sums[kWeightThreads];
   const Sizes& s = p.scan.sizes;
   const int64_t b = blockIdx.x / blocks, block = blockIdx.x % blocks;
@@ -491,8 +491,9 @@ __device__ void step_row(const ChunkPass<A>& p, const StepRoom<A>& room, const P
 
 // Scores of step t, in numbers a slot, and the sums of their exponentials. Many: more heads than G.
 template <class A, int G, bool Many>
-__global__ __launch_bounds__(kStepThreads) void chunk_step(const ChunkPass<A> p, const Chunk chunk,
-                                                           const int64_t t) {
+__global__ __launch_bounds__(kStepThreads, kStepBlocks) void chunk_step(const ChunkPass<A> p,
+                                                                        const Chunk chunk,
+                                                                        const int64_t t) {
   __shared__ StepRoom<A> room;
   __shared__ A key_factors[Many ? 1 : mann_ext::lrua::kMaxChunk * G * G];
   __shared__ A content_factors[Many ? 1 : mann_ext::lrua::kMaxChunk * G * G];

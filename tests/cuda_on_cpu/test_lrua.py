@@ -10,7 +10,7 @@ import torch
 from mann_ext import ops
 from tests import test_lrua
 from tests.cuda_on_cpu import emulator
-from tests.samples import Sample, _lrua_sample, lrua_samples
+from tests.samples import Sample, _lrua_sample, deferred_lrua_samples, lrua_samples
 
 pytestmark = [emulator.needs_compiler, pytest.mark.usefixtures("cuda_on_cpu")]
 SAMPLES = {sample.name: sample for sample in lrua_samples()}
@@ -152,21 +152,11 @@ def test_an_expanded_memory_is_read_where_it_is():
     test_lrua.test_native_equals_the_reference_in_float64(sample, FORMS["rolled_back"])
 
 
-DEFERRED_SHAPES = [
-    _lrua_sample("resets_in_mid_chunk", 11, 3, 70, 8, 2, reset=True),
-    _lrua_sample("resets_and_contents", 11, 3, 70, 7, 6, reset=True, contents=True),
-    _lrua_sample("slots_erased_twice", 9, 2, 7, 5, 3, contents=True),
-    _lrua_sample("erased_twice_by_many", 9, 2, 11, 6, 5, least_used="shared"),
-    _lrua_sample("sharp_and_deferred", 7, 2, 300, 8, 2, strength=300.0),
-    _lrua_sample("sharp_and_deferred_many", 5, 1, 300, 8, 6, strength=300.0, reset=True),
-]
-
-
 @pytest.mark.usefixtures("streaming")
 class TestDeferredWrites:
     @chunks
     @pytest.mark.parametrize(
-        "sample", [*SAMPLES.values(), *OTHER_SHAPES, *DEFERRED_SHAPES], ids=lambda s: s.name
+        "sample", [*SAMPLES.values(), *OTHER_SHAPES, *deferred_lrua_samples()], ids=lambda s: s.name
     )
     def test_float64(self, sample: Sample, form: dict[str, Any]):
         test_lrua.test_native_equals_the_reference_in_float64(sample, form)
@@ -178,8 +168,8 @@ class TestDeferredWrites:
 
     @pytest.mark.parametrize("chunk", range(2, 13))
     def test_every_length(self, chunk: int):
-        form = {"snapshot_every": 0, "chunk": chunk}
-        test_lrua.test_native_equals_the_reference_in_float64(DEFERRED_SHAPES[0], form)
+        sample, form = deferred_lrua_samples()[0], {"snapshot_every": 0, "chunk": chunk}
+        test_lrua.test_native_equals_the_reference_in_float64(sample, form)
 
     @pytest.mark.parametrize("multiprocessors", [1, 7, 40])
     def test_any_number_of_multiprocessors(self, multiprocessors: int, cuda_on_cpu):
@@ -230,12 +220,9 @@ class TestDeferredWrites:
         assert cuda_on_cpu.cuda_on_cpu_launches() - before == 2 * args[3].shape[0] + 1
 
     def test_deferred_unasked_where_it_moves_fewer_bytes(self, cuda_on_cpu):
-        # The rows are all the same ones: an expanded memory takes no room.
-        memory = torch.full((1, 1, 1), 1e-6).expand(1, 2**15, 128)
-        small = _lrua_sample("large", 2, 1, 2**15, 1, 1).to(torch.float32)
-        keys = torch.ones(2, 1, 1, 128)
+        sample = _lrua_sample("large", 2, 1, 2**15, 128, 1, constant=True).to(torch.float32)
         before = cuda_on_cpu.cuda_on_cpu_launches()
-        ops.lrua_scan(memory, *small.args[1:3], keys, *small.args[4:])
+        ops.lrua_scan(*sample.args)
         assert cuda_on_cpu.cuda_on_cpu_launches() - before == 2 * 2 + 2 + 3
 
 
