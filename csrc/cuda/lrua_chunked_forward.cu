@@ -401,9 +401,10 @@ struct Past {
   bool constant;  // an episode starts at step `since`
 };
 
-// contents . m_{t-1} and keys . m_t of `heads` heads at most G, from head r on, for one slot.
-// new_dots: contents . m_t.
-template <class A, int G>
+// For one slot: old_dots = contents . m_{t-1}, new_dots = contents . m_t and dots = keys . m_t, of
+// `heads` heads from head r on. Many: these are not all. The factors are columns of the Gram
+// matrices, from the first step that counts on.
+template <class A, int G, bool Many>
 __device__ __forceinline__ void mix(const ChunkPass<A>& p, const StepRoom<A>& room,
                                     const Past& past, int64_t b, int64_t slot, int r, int heads,
                                     const A* key_factors, const A* content_factors, int64_t stride,
@@ -423,21 +424,23 @@ __device__ __forceinline__ void mix(const ChunkPass<A>& p, const StepRoom<A>& ro
   const auto add_writes = [&](int u, A(&content_dots)[G]) {
     const bool starts = past.constant && u == past.since, now = u == past.now;
     const A* weights = p.read_weights(past.begin + u - 1, b) + slot;
-#pragma unroll 2
-    for (int q = 0; q < s.heads; ++q) {
+    const int64_t first = int64_t{u - past.since} * s.heads;
+#pragma unroll 4
+    for (int q = 0; q < (Many ? s.heads : G); ++q) {
+      if (!Many && q >= heads) continue;
       A weight = starts ? A(slot == 0) : weights[q * s.padded];
       if (now) weight *= room.gate[q];
 #pragma unroll
       for (int g = 0; g < G; ++g)
         if (g < heads) {
-          dots[g] += weight * key_factors[g];
-          if (apart) content_dots[g] += weight * content_factors[g];
+          dots[g] += weight * key_factors[(first + q) * stride + g];
+          if (apart) content_dots[g] += weight * content_factors[(first + q) * stride + g];
         }
-      key_factors += stride;
-      content_factors += stride;
     }
   };
-#pragma unroll 1
+  // Several steps' weights are on their way at a time, as registers allow.
+  constexpr int kSteps = G == 1 ? 4 : sizeof(A) == 4 ? 2 : 1;
+#pragma unroll kSteps
   for (int u = past.since; u < past.now; ++u) add_writes(u, old_dots);
 #pragma unroll
   for (int g = 0; g < G; ++g) new_dots[g] = old_dots[g] = apart ? old_dots[g] : dots[g];
@@ -571,11 +574,11 @@ __global__ __launch_bounds__(kStepThreads, kStepBlocks) void chunk_step(const Ch
         const int heads = min(G, s.heads - r);
         A old_dots[G], new_dots[G];
         if constexpr (Many)
-          mix<A, G>(p, room, past, b, slot, r, heads, p.key_gram + gram_at + r,
-                    p.content_gram + gram_at + r, all, old_dots, new_dots, dots);
+          mix<A, G, Many>(p, room, past, b, slot, r, heads, p.key_gram + gram_at + r,
+                          p.content_gram + gram_at + r, all, old_dots, new_dots, dots);
         else
-          mix<A, G>(p, room, past, b, slot, r, heads, key_factors, content_factors, G, old_dots,
-                    new_dots, dots);
+          mix<A, G, Many>(p, room, past, b, slot, r, heads, key_factors, content_factors, G,
+                          old_dots, new_dots, dots);
 #pragma unroll
         for (int g = 0; g < G; ++g)
           if (g < heads) {
