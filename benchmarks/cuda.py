@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.eager import eager_scan
-from benchmarks.lrua import floor_bytes
+from benchmarks.lrua import best_chunk, floor_bytes
 from benchmarks.workloads import PlainLSTM, PlainMANN
 from mann_ext import ops, reference
 from mann_ext.models import MANN
@@ -66,8 +67,8 @@ def scan_inputs(
     return (state[0].to(dtype), *state[1:], keys, gates, strengths)
 
 
-def native_scan(*inputs: Tensor) -> Tensor:
-    return ops.lrua_scan(*inputs).reads
+def native_scan(*inputs: Tensor, chunk: int | None = None) -> Tensor:
+    return ops.lrua_scan(*inputs, chunk=chunk).reads
 
 
 def training(scan: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Run:
@@ -210,6 +211,7 @@ def copy_bandwidth() -> float:
 def streaming(repeats: int) -> list[dict[str, Any]]:
     """Time a step forward and backward by number of slots, as a share of the floor's."""
     rows = []
+    stepwise = partial(native_scan, chunk=1)
     short, long = 4, 12
     for width in (40, 128):
         for slots in (65_536, 262_144, 1_048_576, 4_194_304):
@@ -218,7 +220,7 @@ def streaming(repeats: int) -> list[dict[str, Any]]:
                 sets = {s: scan_inputs(s, 1, slots, width, 4, dtype) for s in (short, long)}
                 ms = side_by_side(
                     {
-                        f"{name} {s}": [make(native_scan, x)]
+                        f"{name} {s}": [make(stepwise, x)]
                         for name, make in (("forward", forward), ("both", training))
                         for s, x in sets.items()
                     },
@@ -248,7 +250,27 @@ def streaming(repeats: int) -> list[dict[str, Any]]:
                     }
                 )  # fmt: skip
                 torch.cuda.empty_cache()
+            rows.append(chunked(slots, width, repeats))
     return rows
+
+
+def chunked(slots: int, width: int, repeats: int, heads: int = 4) -> dict[str, Any]:
+    """Time a step forward with deferred writes, as a share of the floor's without them."""
+    chunk = best_chunk(width, heads)
+    short, long = chunk, 3 * chunk  # the difference is that of whole chunks
+    bandwidth = copy_bandwidth()
+    scan = partial(native_scan, chunk=chunk)
+    inputs = {s: scan_inputs(s, 1, slots, width, heads) for s in (short, long)}
+    ms = side_by_side({f"{s}": [forward(scan, x)] for s, x in inputs.items()}, repeats)
+    del inputs
+    torch.cuda.empty_cache()
+    step = (ms[f"{long}"]["median_ms"] - ms[f"{short}"]["median_ms"]) / (long - short)
+    return {
+        "what": "streaming, chunked", "slots": slots, "width": width, "heads": heads,
+        "dtype": str(torch.float32), "chunk": chunk, "bandwidth_TBps": bandwidth / 1e12,
+        "forward_ms": step,
+        "share_of_stepwise_floor": floor_bytes(slots, width, heads) / bandwidth / step * 1e3,
+    }  # fmt: skip
 
 
 def peak_memory() -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def _large(threads: int) -> list[dict[str, Any]]:
         timed = measure.side_by_side(
             {
                 f"{name} {steps}": workloads.forward_scan(given, chunk)
-                for name, chunk in (("stepwise", 1), ("deferred", _chunk(width, heads)))
+                for name, chunk in (("stepwise", 1), ("deferred", best_chunk(width, heads)))
                 for steps, given in ((short, start), (long, inputs))
             },
             5,
@@ -137,7 +137,7 @@ def _large(threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _chunk(width: int, heads: int) -> int:
+def best_chunk(width: int, heads: int) -> int:
     """The chunk that moves the fewest bytes, C = 2 sqrt(W / R)."""
     return round(2 * (width / heads) ** 0.5)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 
@@ -56,6 +57,23 @@ inline Sizes check_arguments(const char* op, const Given& in) {
 inline void check_options(int64_t snapshot_every, int64_t chunk) {
   require(snapshot_every >= 0, "lrua_scan: snapshot_every must be 0 or more");
   require(chunk >= 0 && chunk <= kMaxChunk, "lrua_scan: chunk must be 0 (chosen here) to 32");
+}
+
+// From this many numbers a batch element on, the writes of several steps are deferred together.
+constexpr int64_t kDeferNumbers = int64_t{1} << 22;
+
+// Steps whose writes are deferred together: what was asked for, or by size.
+inline int64_t steps_a_chunk(const Sizes& s, ScalarType dtype, int64_t asked, bool snapshots) {
+  if (dtype != accumulation_dtype(dtype) || snapshots) return 1;
+  // A row of one to three numbers is easily all but cancelled by a write, and then its norm, kept
+  // up to date by differences, is lost.
+  if (s.width < 4) return 1;
+  if (asked == 0) {
+    // The fewest bytes. It pays where the memory does not stay in cache and rows are long.
+    if (s.slots * s.width < kDeferNumbers || s.width < 32 * s.heads) return 1;
+    asked = std::llround(2 * std::sqrt(static_cast<double>(s.width) / s.heads));
+  }
+  return std::clamp<int64_t>(std::min(asked, s.steps), 1, kMaxChunk);
 }
 
 inline int64_t snapshot_count(const Sizes& s, int64_t snapshot_every) {

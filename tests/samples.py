@@ -290,6 +290,19 @@ def lstm_lrua_samples(seed: int = 0) -> list[Sample]:
     ]
 
 
+def deferred_lrua_samples() -> list[Sample]:
+    """What deferred writes can get wrong: resets and rows erased twice within a chunk."""
+    return [
+        _lrua_sample("resets_in_mid_chunk", 11, 3, 70, 8, 2, reset=True),
+        _lrua_sample("resets_and_contents", 11, 3, 70, 7, 6, reset=True, contents=True),
+        _lrua_sample("slots_erased_twice", 9, 2, 7, 5, 3, contents=True),
+        _lrua_sample("erased_twice_by_many", 9, 2, 11, 6, 5, least_used="shared"),
+        _lrua_sample("more_heads_than_slots_for_long", 7, 2, 3, 9, 5, contents=True),
+        _lrua_sample("sharp_and_deferred", 7, 2, 300, 8, 2, strength=300.0),
+        _lrua_sample("sharp_and_deferred_many", 5, 1, 300, 8, 6, strength=300.0, reset=True),
+    ]
+
+
 def content_samples() -> list[Sample]:
     """Arguments (queries, keys, values, strengths, mask), float64."""
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from mann_ext import LRUAMemory, _library, ops
 from mann_ext._library import backend
 from mann_ext.models import MANN
 from tests import test_content, test_lrua, test_lstm_lrua, test_ntm
+from tests.samples import Sample, deferred_lrua_samples, lrua_samples
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -103,6 +104,26 @@ test_cell_reset = test_lstm_lrua.test_a_reset_forgets_everything_even_nan
 test_content_empty_mask = test_content.test_a_query_that_may_read_nothing_reads_zeros
 
 
+@pytest.fixture
+def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memories that would fit in shared memory are streamed as well."""
+    monkeypatch.setenv("MANN_EXT_CUDA_REGIME", "streaming")
+
+
+@pytest.mark.usefixtures("streaming")
+class TestDeferredWrites:
+    @pytest.mark.parametrize("form", ["chunks_of_2", "one_chunk"])
+    @pytest.mark.parametrize(
+        "sample", [*lrua_samples(), *deferred_lrua_samples()], ids=lambda s: s.name
+    )
+    def test_float64(self, sample: Sample, form: str) -> None:
+        test_lrua.test_native_equals_the_reference_in_float64(sample, test_lrua.FORMS[form])
+
+    test_float32 = staticmethod(
+        test_lrua.test_float32_error_of_deferred_writes_is_at_most_twice_too
+    )
+
+
 def paper_size(slots: int = 128, width: int = 40, steps: int = 20) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -115,9 +136,18 @@ def paper_size(slots: int = 128, width: int = 40, steps: int = 20) -> tuple[torc
     return memory, weights, weights.sum(1), keys, gates, 10 * torch.ones_like(gates)
 
 
-def differentiated(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+# Resident, and streamed with writes at every step and deferred.
+SIZES: list[tuple[int, dict[str, Any]]] = [
+    (128, {}),
+    (20_000, {}),
+    (20_000, {"snapshot_every": 0, "chunk": 6}),
+]
+sizes = pytest.mark.parametrize(("slots", "form"), SIZES, ids=["resident", "streamed", "deferred"])
+
+
+def differentiated(inputs: tuple[torch.Tensor, ...], **form: Any) -> list[torch.Tensor]:
     learnt = [x.detach().requires_grad_() for x in inputs[3:]]
-    output = _LRUA_SCAN(*inputs[:3], *learnt)
+    output = _LRUA_SCAN(*inputs[:3], *learnt, **form)
     total = output.reads.sin().sum() + output.memory.sin().sum()
     return [*output, *torch.autograd.grad(total, learnt)]
 
@@ -125,42 +155,42 @@ def differentiated(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
 _LRUA_SCAN = ops.lrua_scan
 
 
-@pytest.mark.parametrize("slots", [128, 20_000])
-def test_the_same_bits_every_time(slots: int):
+@sizes
+def test_the_same_bits_every_time(slots: int, form: dict[str, Any]):
     inputs = paper_size(slots)
-    first = differentiated(inputs)
+    first = differentiated(inputs, **form)
     for _ in range(3):
         torch.full((2**24,), float("nan"), device=DEVICE)  # what is not written would show
-        for x, y in zip(first, differentiated(inputs), strict=True):
+        for x, y in zip(first, differentiated(inputs, **form), strict=True):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("slots", [128, 20_000])
-def test_nothing_waits_for_the_gpu(slots: int):
+@sizes
+def test_nothing_waits_for_the_gpu(slots: int, form: dict[str, Any]):
     inputs = paper_size(slots)
-    differentiated(inputs)
+    differentiated(inputs, **form)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        differentiated(inputs)
+        differentiated(inputs, **form)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("slots", [128, 20_000])
-def test_a_cuda_graph_repeats_forward_and_backward(slots: int):
+@sizes
+def test_a_cuda_graph_repeats_forward_and_backward(slots: int, form: dict[str, Any]):
     inputs = paper_size(slots)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            differentiated(inputs)
+            differentiated(inputs, **form)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = differentiated(inputs)
+        captured = differentiated(inputs, **form)
     inputs[3].neg_()
     graph.replay()
-    for x, y in zip(captured, differentiated(inputs), strict=True):
+    for x, y in zip(captured, differentiated(inputs, **form), strict=True):
         assert torch.equal(x, y)
 
 
@@ -206,6 +236,24 @@ def test_more_numbers_than_32_bits_count():
     assert out.memory[0, -1].float().allclose(key[0, 0], rtol=1e-2)  # written to the least used
     assert float(out.read_weights[0, 0, -2:].sum()) > 0.99
     assert out.reads[0, 0].allclose(key[0, 0], rtol=1e-2, atol=1e-2)
+
+
+def test_more_numbers_than_32_bits_count_with_deferred_writes():
+    slots, width = 2**25 + 3, 65
+    if torch.cuda.mem_get_info()[0] < 3 * 4 * slots * width:
+        pytest.skip("needs 26 GB of free GPU memory")
+    memory = torch.zeros(1, 1, 1, device=DEVICE).expand(1, slots, width)
+    keys = torch.randn(2, 1, 1, width, device=DEVICE)
+    weights = torch.zeros(1, 1, slots, device=DEVICE)
+    usage = torch.ones(1, slots, device=DEVICE)
+    usage[0, -2:] = torch.tensor([0.1, 0.0])
+    gates = torch.zeros(2, 1, 1, device=DEVICE)
+    strengths = torch.full_like(gates, 30.0)
+    with torch.no_grad():
+        out = _LRUA_SCAN(memory, weights, usage, keys, gates, strengths, chunk=2)
+    # Written to the least used, past 2^31 numbers.
+    torch.testing.assert_close(out.memory[0, -2:], keys[:, 0, 0].flip(0))
+    torch.testing.assert_close(out.reads[:, 0, 0], keys[:, 0, 0], rtol=1e-2, atol=1e-2)
 
 
 def ops_step(memory: Any, weights: Any, usage: Any, key: Any, gate: Any, strength: float) -> Any:

@@ -3,30 +3,12 @@
 #include "cpu/lrua.h"
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 
 #include "cpu/lrua_driver.h"
 
 namespace mann_ext::lrua {
 namespace {
-
-// From this many numbers a batch element on, the writes of several steps are deferred together.
-constexpr int64_t kDeferNumbers = int64_t{1} << 22;
-
-// Steps whose writes are deferred together: what was asked for, or by size.
-int64_t steps_a_chunk(const Shape& s, ScalarType dtype, int64_t asked, bool snapshots) {
-  if (dtype != accumulation_dtype(dtype) || snapshots) return 1;
-  // A row of one to three numbers is easily all but cancelled by a write, and then its norm, kept
-  // up to date by differences, is lost.
-  if (s.width < 4) return 1;
-  if (asked == 0) {
-    // The fewest bytes. It pays where the memory does not stay in cache and rows are long.
-    if (s.slots * s.width < kDeferNumbers || s.width < 32 * s.heads) return 1;
-    asked = std::llround(2 * std::sqrt(static_cast<double>(s.width) / s.heads));
-  }
-  return std::clamp<int64_t>(std::min(asked, s.steps), 1, kMaxChunk);
-}
 
 template <class EachBlock>
 void run_in_chunks(const Forward& p, const Kernels& k, void* room, int64_t b,

@@ -6,6 +6,19 @@
 namespace mann_ext::cuda::lrua {
 namespace {
 
+// With the writes of `chunk` steps deferred together, if more than one and there is room for that.
+template <class A, class S>
+void stream_forward(const Forward<A, S>& p, const Tensor& like, bool vectors, int64_t chunk) {
+  if constexpr (std::is_same_v<A, S>) {
+    const auto most = static_cast<int64_t>(max_shared_bytes());
+    if (chunk > 1 && forward_chunked_bytes(p, vectors, chunk) <= most) {
+      forward_chunked(p, like, vectors, chunk);
+      return;
+    }
+  }
+  forward_streaming(p, like, vectors);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
     Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor gates,
     std::optional<Tensor> strengths, std::optional<Tensor> contents, std::optional<Tensor> reset,
@@ -19,6 +32,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
   tensors::check_options(snapshot_every, chunk);
   const OnDevice device(memory);
   tensors::Outputs out = tensors::make_outputs(in, sizes, snapshot_every, save_for_backward);
+  const bool snapshots = save_for_backward && snapshot_every > 0;
+  const int64_t steps = tensors::steps_a_chunk(sizes, in.dtype(), chunk, snapshots);
   if (s.steps == 0) {
     tensors::pass_through(out, in, usage);
   } else if (s.batch > 0) {
@@ -31,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
       if (is_resident(s, [&] { return forward_resident_bytes(p, vectors); }))
         forward_resident(p, memory, vectors);
       else
-        forward_streaming(p, memory, vectors);
+        stream_forward(p, memory, vectors, steps);
     });
   }
   return {out.reads,          out.memory,       out.weights,     out.usage,

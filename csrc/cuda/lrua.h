@@ -498,6 +498,12 @@ void forward_resident(const Forward<A, S>& p, const Tensor& like, bool vectors);
 template <class A, class S>
 void forward_streaming(const Forward<A, S>& p, const Tensor& like, bool vectors,
                        const StepHook& before = {});
+// Streaming, with the writes of `chunk` steps deferred together, where the bytes of shared memory
+// suffice.
+template <class A>
+int64_t forward_chunked_bytes(const Forward<A, A>& p, bool vectors, int64_t chunk);
+template <class A>
+void forward_chunked(const Forward<A, A>& p, const Tensor& like, bool vectors, int64_t chunk);
 template <class A, class S>
 int64_t backward_resident_bytes(const Backward<A, S>& p, bool vectors);
 template <class A, class S>

@@ -124,8 +124,8 @@ bool aligned_rows(const Backward<A, S>& p) {
 // How a scan is computed. Resident: one launch for all steps, the memory of a batch element in the
 // shared memory of one multiprocessor. That is wherever memory, weights, usage and room for sums
 // fit there, as 1,000 slots of 40 float32 numbers do forward and 350 backward. Streaming:
-// everything else. Both save the same for the backward pass, which chooses for itself.
-// MANN_EXT_CUDA_REGIME=streaming, which is read at each call, streams these as well.
+// everything else, and there writes may be deferred. All save the same for the backward pass, which
+// chooses for itself. MANN_EXT_CUDA_REGIME=streaming, which is read at each call, streams all.
 template <class Bytes>
 bool is_resident(const Sizes& s, Bytes&& bytes) {
   const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");

@@ -1,51 +1,8 @@
 // The forward pass of lrua_scan in streaming form: see lrua_streaming.h.
-#include "cuda/lrua_streaming.h"
+#include "cuda/lrua_streaming_forward.h"
 
 namespace mann_ext::cuda::lrua {
 namespace {
-
-// Blocks of a pass on a multiprocessor at a time, which limits their registers.
-template <class A>
-constexpr int kBlocks = sizeof(A) == 4 ? 4 : 2;
-
-template <class A, class S>
-struct ForwardPass : Forward<A, S> {
-  Split split;
-  A* initial;           // [B][R][padded]: the read weights given
-  A* recent;            // [2][B][R][padded]: where no history is kept
-  A* usage_now;         // [B][padded]
-  A* partial;           // [B][blocks][R][W + 2]: reads, total and top
-  int64_t slot_blocks;  // of forward_weights, for each batch element
-  A* least_usage;       // [B][slot_blocks][n]
-  int64_t* least_slot;
-
-  // w_t: scores until forward_weights(t); t = -1: what the scan was given.
-  __device__ A* read_weights(int64_t t, int64_t b) const {
-    const Sizes& s = this->scan.sizes;
-    if (t < 0) return initial + b * s.heads * s.padded;
-    A* all = this->history.weights;
-    return (all == nullptr ? recent + this->scan.at(t % 2, b) * s.heads * s.padded
-                           : all + this->scan.at(t, b) * s.heads * s.padded);
-  }
-  __device__ bool saves_all() const {
-    return this->history.snapshots != nullptr && this->scan.snapshot_every == 1;
-  }
-  // Where M_t is written at step t, and read at step t + 1.
-  __device__ S* memory_at(int64_t t, int64_t b) const {
-    const Sizes& s = this->scan.sizes;
-    return saves_all() ? this->history.snapshots + this->scan.snapshot_at(t, b)
-                       : this->history.memory_out + b * s.slots * s.width;
-  }
-  // Where it is written as well, or null.
-  __device__ S* copy_at(int64_t t, int64_t b) const {
-    const Sizes& s = this->scan.sizes;
-    if (saves_all())
-      return t + 1 == s.steps ? this->history.memory_out + b * s.slots * s.width : nullptr;
-    return this->history.snapshots != nullptr && this->scan.has_snapshot(t)
-               ? this->history.snapshots + this->scan.snapshot_at(t, b)
-               : nullptr;
-  }
-};
 
 // A pass's shared memory.
 template <class A, class S>
@@ -95,34 +52,6 @@ struct ForwardRoom {
     bytes = arena.used();
   }
 };
-
-// The n slots that step t erases and writes, from the candidates of the blocks of forward_weights.
-template <class A, class S>
-__device__ void choose_slots(const ForwardPass<A, S>& p, const ForwardRoom<A, S>& room, int64_t t,
-                             int64_t b, bool reset, bool save) {
-  const Sizes& s = p.scan.sizes;
-  const int warp = threadIdx.x / kWarp;
-  const int64_t count = p.slot_blocks * s.chosen;
-  if (!reset) {
-    const LeastUsed<A> mine{room.least_usage + warp * s.chosen, room.least_slot + warp * s.chosen,
-                            s.chosen};
-    mine.clear();
-    const int64_t part = (count + kWarps - 1) / kWarps;
-    const int64_t begin = min(count, warp * part), end = min(count, begin + part);
-    mine.offer_all(p.least_usage + b * count + begin, p.least_slot + b * count + begin,
-                   end - begin);
-    __syncthreads();
-    if (warp == 0)
-      mine.offer_all(room.least_usage + s.chosen, room.least_slot + s.chosen,
-                     (kWarps - 1) * s.chosen);
-    __syncthreads();
-  }
-  for (int i = threadIdx.x; i < s.chosen; i += kThreads) {
-    const int64_t slot = reset ? (i + 1) % s.slots : room.least_slot[i];
-    room.slots[i] = slot;
-    if (save) p.history.slots[p.scan.at(t, b) * s.chosen + i] = slot;
-  }
-}
 
 // Erase, write and score a tile: the rows of each warp by its lanes.
 template <class A, class S, int G, bool Vectors, bool Many>
@@ -243,7 +172,8 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void forward_pass(const Forwa
   };
   fetch(block, 0);
 
-  choose_slots(p, room, t, b, reset, block == 0 && p.history.slots != nullptr);
+  choose_slots<kWarps>(p, LeastUsed<A>{room.least_usage, room.least_slot, s.chosen}, room.slots, t,
+                       b, reset, block == 0 && p.history.slots != nullptr);
   const int64_t count = int64_t{s.heads} * s.width;
   const A* keys = stage(room.keys, p.scan.key(t, b), count);
   const A* contents = apart ? stage(room.contents, p.scan.content(t, b), count) : keys;
@@ -366,119 +296,6 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void forward_pass(const Forwa
   }
 }
 
-// A warp gets what one head's scores are shifted by, over all blocks, and the normaliser.
-template <class A>
-__device__ __forceinline__ void normaliser(const A* partial, int64_t blocks, int64_t block_stride,
-                                           int width, A* top, double* total) {
-  const int lane = threadIdx.x % kWarp;
-  A largest = -std::numeric_limits<A>::infinity();
-  for (int64_t k = lane; k < blocks; k += kWarp)
-    largest = larger(largest, partial[k * block_stride + width + 1]);
-  largest = largest_in_warp(largest);
-  double sum = 0;
-  for (int64_t k = lane; k < blocks; k += kWarp) {
-    const A* end = partial + k * block_stride + width;
-    sum += static_cast<double>(end[0]) * exponential(end[1] - largest);
-  }
-  *top = largest;
-  *total = warp_sum(sum);
-}
-
-// One head's read: the blocks' sums, added in their order.
-template <class A, class S>
-__device__ void combine_reads(const ForwardPass<A, S>& p, int64_t t, int64_t b, int r,
-                              double* room) {
-  const Sizes& s = p.scan.sizes;
-  const int64_t block_stride = int64_t{s.heads} * (s.width + 2);
-  const A* partial = p.partial + b * p.split.blocks * block_stride + int64_t{r} * (s.width + 2);
-  A top;
-  double total;
-  normaliser(partial, p.split.blocks, block_stride, s.width, &top, &total);
-  const int lane = threadIdx.x % kWarp;
-  for (int first = 0; first < s.width; first += kWarp) {
-    const int column = min(first + lane, s.width - 1);
-    const double sum = sum_over_blocks<kWeightThreads>(p.split.blocks, room, [&](int64_t k) {
-      const A* of_block = partial + k * block_stride;
-      return static_cast<double>(of_block[column]) * exponential(of_block[s.width + 1] - top);
-    });
-    if (threadIdx.x < kWarp && first + lane < s.width)
-      p.history.reads[(p.scan.at(t, b) * s.heads + r) * s.width + column] =
-          static_cast<A>(sum / total);
-  }
-}
-
-// w = exp(score) / total; u = decay u + sum_r (w_r + w_w,r); candidates for step t + 1. t = -1: the
-// state that the scan was given. The last R blocks of a batch element add up its reads.
-template <class A, class S>
-__global__ __launch_bounds__(kWeightThreads) void forward_weights(const ForwardPass<A, S> p,
-                                                                  const int64_t t) {
-  constexpr int warps = kWeightThreads / kWarp;
-  __shared__ double sums[kWeightThreads];
-  __shared__ A tops[kMaxHeads], inverse[kMaxHeads];
-  __shared__ A least_usage[warps * kMaxHeads];
-  __shared__ int64_t least_slot[warps * kMaxHeads];
-  const Sizes& s = p.scan.sizes;
-  const int64_t blocks = p.slot_blocks + (t < 0 ? 0 : s.heads);
-  const int64_t b = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  const int warp = threadIdx.x / kWarp;
-  if (block >= p.slot_blocks) {
-    combine_reads(p, t, b, static_cast<int>(block - p.slot_blocks), sums);
-    return;
-  }
-  const bool last = t + 1 == s.steps;
-  const LeastUsed<A> least{least_usage + warp * s.chosen, least_slot + warp * s.chosen, s.chosen};
-  least.clear();
-  if (t >= 0) {
-    const int64_t block_stride = int64_t{s.heads} * (s.width + 2);
-    for (int r = warp; r < s.heads; r += warps) {
-      A top;
-      double total;
-      normaliser(p.partial + b * p.split.blocks * block_stride + int64_t{r} * (s.width + 2),
-                 p.split.blocks, block_stride, s.width, &top, &total);
-      if (threadIdx.x % kWarp == 0) {
-        tops[r] = top;
-        inverse[r] = static_cast<A>(1 / total);
-      }
-    }
-    __syncthreads();
-  }
-  A* weights = p.read_weights(t, b);
-#pragma unroll 1
-  for (int64_t begin = block * kWeightThreads; begin < s.padded;
-       begin += p.slot_blocks * kWeightThreads) {
-    const int64_t i = begin + threadIdx.x;
-    const bool present = i < s.slots;
-    A usage = 0;
-    if (i < s.padded) {
-      A* now = p.usage_now + b * s.padded + i;
-      if (present) usage = t < 0 ? p.usage[b * s.slots + i] : *now;
-#pragma unroll 4
-      for (int r = 0; r < s.heads; ++r) {
-        A* weight = weights + r * s.padded + i;
-        const int64_t given = (b * s.heads + r) * s.slots + i;
-        A w = 0;
-        if (present)
-          w = t < 0 ? p.scan.read_weights[given] : exponential(*weight - tops[r]) * inverse[r];
-        *weight = w;
-        if (t >= 0) usage += w;
-        if (last && present) p.weights_out[given] = w;
-      }
-      *now = usage;
-      if (last && present) p.usage_out[b * s.slots + i] = usage;
-    }
-    if (!last) least.offer(present, usage, i);
-  }
-  if (last) return;
-  __syncthreads();
-  if (warp > 0) return;
-  least.offer_all(least_usage + s.chosen, least_slot + s.chosen, (warps - 1) * s.chosen);
-  const int64_t to = (b * p.slot_blocks + block) * s.chosen;
-  for (int i = threadIdx.x; i < s.chosen; i += kWarp) {
-    p.least_usage[to + i] = least_usage[i];
-    p.least_slot[to + i] = least_slot[i];
-  }
-}
-
 }  // namespace
 
 template <class A, class S>
@@ -488,40 +305,20 @@ void forward_streaming(const Forward<A, S>& arguments, const Tensor& like, bool 
   ForwardPass<A, S> p{};
   static_cast<Forward<A, S>&>(p) = arguments;
   const Sizes& s = p.scan.sizes;
-  const ScalarType acc = accumulation_dtype(like.scalar_type());
   const bool apart = p.scan.contents != p.scan.keys;
   const auto bytes = [&](const Split& split) {
     return ForwardRoom<A, S>(s, split, apart, nullptr).bytes;
   };
   p.split = make_split(s, vectors, sizeof(S), bytes);
   const size_t shared_bytes = static_cast<size_t>(bytes(p.split));
-  p.slot_blocks = share_blocks(s.batch, 2, (s.padded + kWeightThreads - 1) / kWeightThreads);
   for_pass(s, vectors, [&](auto group, auto many, auto aligned_rows) {
     constexpr auto kPass = forward_pass<A, S, decltype(group)::value, decltype(aligned_rows)::value,
                                         decltype(many)::value>;
     p.split.blocks = share_blocks(s.batch, blocks_per_multiprocessor<kPass>(kThreads, shared_bytes),
                                   p.split.tiles);
-    const bool keeps = p.history.weights != nullptr;
-    Tensor initial = new_tensor(like, {s.batch, s.heads, s.padded}, acc);
-    Tensor recent = new_tensor(like, {keeps ? 0 : 2, s.batch, s.heads, s.padded}, acc);
-    Tensor usage = new_tensor(like, {s.batch, s.padded}, acc);
-    Tensor partial = new_tensor(like, {s.batch, p.split.blocks, s.heads, s.width + 2}, acc);
-    Tensor least_usage = new_tensor(like, {s.batch, p.slot_blocks, s.chosen}, acc);
-    Tensor least_slot = new_tensor(like, {s.batch, p.slot_blocks, s.chosen}, ScalarType::Long);
-    p.initial = pointer<A>(initial);
-    p.recent = keeps ? nullptr : pointer<A>(recent);
-    p.usage_now = pointer<A>(usage);
-    p.partial = pointer<A>(partial);
-    p.least_usage = pointer<A>(least_usage);
-    p.least_slot = pointer<int64_t>(least_slot);
-    const auto weights = [&](int64_t t) {
-      launch<forward_weights<A, S>>(
-          {.grid = grid_size(s.batch * (p.slot_blocks + (t < 0 ? 0 : s.heads))),
-           .block = kWeightThreads,
-           .stream = device.stream()},
-          p, t);
-    };
-    weights(-1);
+    p.columns = s.width;
+    const ForwardBuffers buffers(p, like, p.split.blocks, 2);
+    launch_weights(p, -1, device.stream());
     for (int64_t t = 0; t < s.steps; ++t) {
       if (before) before(t);
       launch<kPass>({.grid = grid_size(s.batch * p.split.blocks),
@@ -529,7 +326,7 @@ void forward_streaming(const Forward<A, S>& arguments, const Tensor& like, bool 
                      .stream = device.stream(),
                      .shared_bytes = shared_bytes},
                     p, t);
-      weights(t);
+      launch_weights(p, t, device.stream());
     }
   });
 }

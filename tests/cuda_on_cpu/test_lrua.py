@@ -10,13 +10,15 @@ import torch
 from mann_ext import ops
 from tests import test_lrua
 from tests.cuda_on_cpu import emulator
-from tests.samples import Sample, _lrua_sample, lrua_samples
+from tests.samples import Sample, _lrua_sample, deferred_lrua_samples, lrua_samples
 
 pytestmark = [emulator.needs_compiler, pytest.mark.usefixtures("cuda_on_cpu")]
 SAMPLES = {sample.name: sample for sample in lrua_samples()}
-# The kernels defer no writes: the forms with chunks are the one that rolls back.
 FORMS = {name: test_lrua.FORMS[name] for name in ("saved", "rolled_back", "every_3")}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# Writes are deferred where the memory is streamed.
+CHUNKS = {name: test_lrua.FORMS[name] for name in ("chunks_of_2", "one_chunk")}
+chunks = pytest.mark.parametrize("form", CHUNKS.values(), ids=CHUNKS)
 
 
 @pytest.fixture
@@ -105,16 +107,19 @@ def test_every_split_of_rows_and_heads(sample: Sample, form: dict[str, Any]):
 @pytest.mark.parametrize("name", ["typical", "reset_shared", "tile_and_one", "eight_heads"])
 @pytest.mark.usefixtures("regime")
 def test_no_order_of_threads_changes_a_bit(name: str, cuda_on_cpu):
-    sample = SAMPLES[name].to(torch.float32)
     for form in FORMS.values():
-        results = []
-        for seed in range(3):
-            cuda_on_cpu.cuda_on_cpu_set_seed(seed)
-            output, grads = test_lrua.run(sample, **form)
-            results.append((*output, *grads))
-        for result in results[1:]:
-            for x, y in zip(result, results[0], strict=True):
-                assert torch.equal(x, y)
+        check_order_of_threads(SAMPLES[name], form, cuda_on_cpu)
+
+
+def check_order_of_threads(sample: Sample, form: dict[str, Any], cuda_on_cpu) -> None:
+    results = []
+    for seed in range(3):
+        cuda_on_cpu.cuda_on_cpu_set_seed(seed)
+        output, grads = test_lrua.run(sample.to(torch.float32), **form)
+        results.append((*output, *grads))
+    for result in results[1:]:
+        for x, y in zip(result, results[0], strict=True):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 40])
@@ -145,6 +150,80 @@ def test_an_expanded_memory_is_read_where_it_is():
     sample = _lrua_sample("expanded", 3, 2, 70, 8, 2, constant=True)
     assert sample.args[0].stride() == (0, 0, 0)
     test_lrua.test_native_equals_the_reference_in_float64(sample, FORMS["rolled_back"])
+
+
+@pytest.mark.usefixtures("streaming")
+class TestDeferredWrites:
+    @chunks
+    @pytest.mark.parametrize(
+        "sample", [*SAMPLES.values(), *OTHER_SHAPES, *deferred_lrua_samples()], ids=lambda s: s.name
+    )
+    def test_float64(self, sample: Sample, form: dict[str, Any]):
+        test_lrua.test_native_equals_the_reference_in_float64(sample, form)
+
+    @pytest.mark.parametrize("form", CHUNKS)
+    @pytest.mark.parametrize("name", test_lrua.DEFERRED)
+    def test_float32(self, name: str, form: str):
+        test_lrua.test_float32_error_of_deferred_writes_is_at_most_twice_too(name, form)
+
+    @pytest.mark.parametrize("chunk", range(2, 13))
+    def test_every_length(self, chunk: int):
+        sample, form = deferred_lrua_samples()[0], {"snapshot_every": 0, "chunk": chunk}
+        test_lrua.test_native_equals_the_reference_in_float64(sample, form)
+
+    @pytest.mark.parametrize("multiprocessors", [1, 7, 40])
+    def test_any_number_of_multiprocessors(self, multiprocessors: int, cuda_on_cpu):
+        cuda_on_cpu.cuda_on_cpu_set_multiprocessors(multiprocessors)
+        sample = _lrua_sample("blocks", 3, 2, 1000, 8, 2)
+        test_lrua.test_native_equals_the_reference_in_float64(sample, CHUNKS["one_chunk"])
+
+    def test_an_expanded_memory_is_read_where_it_is(self):
+        sample = _lrua_sample("expanded", 3, 2, 70, 8, 2, constant=True)
+        assert sample.args[0].stride() == (0, 0, 0)
+        test_lrua.test_native_equals_the_reference_in_float64(sample, CHUNKS["chunks_of_2"])
+
+    @pytest.mark.parametrize("name", ["typical", "reset_shared", "tile_and_one", "eight_heads"])
+    def test_no_order_of_threads_changes_a_bit(self, name: str, cuda_on_cpu):
+        check_order_of_threads(SAMPLES[name], CHUNKS["chunks_of_2"], cuda_on_cpu)
+
+    def test_nothing_is_saved_where_no_gradient_is_wanted(self):
+        sample = SAMPLES["reset"]
+        want = test_lrua.run_reference(sample)[0]
+        with torch.no_grad():
+            output = ops.lrua_scan(*sample.args, chunk=4, **sample.options)
+        for got, expected in zip(output, want[:4], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+    @pytest.mark.parametrize("chunk", [2, 3, 32])
+    def test_number_of_launches(self, chunk: int, cuda_on_cpu):
+        """Two a step, two a chunk, two at the end and one at the beginning."""
+        args = SAMPLES["typical"].args
+        steps = args[3].shape[0]
+        before = cuda_on_cpu.cuda_on_cpu_launches()
+        ops.lrua_scan(*args, snapshot_every=0, chunk=chunk)
+        forward = 2 * steps + 2 * -(-steps // chunk) + 3
+        assert cuda_on_cpu.cuda_on_cpu_launches() - before == forward
+
+    @pytest.mark.parametrize(
+        ("sample", "form"),
+        [
+            (SAMPLES["typical"].to(torch.bfloat16), {"snapshot_every": 0}),
+            (SAMPLES["typical"], {"snapshot_every": 3}),
+            (_lrua_sample("narrow", width=3), {"snapshot_every": 0}),
+        ],
+        ids=["sixteen_bit", "snapshots", "narrow"],
+    )
+    def test_not_deferred(self, sample: Sample, form: dict[str, Any], cuda_on_cpu):
+        args = [x.clone().requires_grad_() if i == 3 else x for i, x in enumerate(sample.args)]
+        before = cuda_on_cpu.cuda_on_cpu_launches()
+        ops.lrua_scan(*args, chunk=2, **form)
+        assert cuda_on_cpu.cuda_on_cpu_launches() - before == 2 * args[3].shape[0] + 1
+
+    def test_deferred_unasked_where_it_moves_fewer_bytes(self, cuda_on_cpu):
+        sample = _lrua_sample("large", 2, 1, 2**15, 128, 1, constant=True).to(torch.float32)
+        before = cuda_on_cpu.cuda_on_cpu_launches()
+        ops.lrua_scan(*sample.args)
+        assert cuda_on_cpu.cuda_on_cpu_launches() - before == 2 * 2 + 2 + 3
 
 
 def test_number_of_launches(regime: str, cuda_on_cpu):
