@@ -50,7 +50,8 @@ ISA_FLAGS_X86 = {
     "baseline": [],
     "avx2": "-mavx2 -mfma -mf16c".split(),
     "avx512": (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c "
+        "-mprefer-vector-width=512 -mtune=icelake-server"
     ).split(),
 }
 

@@ -23,7 +23,7 @@ def side_by_side(
     contenders: Mapping[str, Callable[[], object]],
     repeats: int,
     warmup: int = 2,
-    turn_ms: float = 50.0,
+    turn_ms: float = 100.0,
 ) -> dict[str, dict[str, float]]:
     """Median, least and most milliseconds a call of each, run in turn so that drift hits all alike.
 
