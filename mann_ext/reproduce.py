@@ -193,12 +193,17 @@ def show(entry: Reproduction, results: Results, page: Path, printed: bool = True
         print("no figures: matplotlib is missing (pip install 'mann_ext[figures]')")
         drawn = {}
     for name, figure in drawn.items():
-        path = page.with_name("-".join([page.stem, *([name] if name else [])]) + ".png")
+        path = picture(page, name)
         figures.save(figure, path)
         pictures.append(path.name)
     text = markdown(entry, results, tables, pictures)
     replace_file(page, text.encode())
     print(f"tables: {page}")
+
+
+def picture(page: Path, name: str) -> Path:
+    """The file of a page's figure of this name."""
+    return page.with_name((f"{page.stem}-{name}" if name else page.stem) + ".png")
 
 
 def markdown(

@@ -314,9 +314,12 @@ def test_kept_pages_show_what_the_kept_results_say(name: str) -> None:
     pages += [REPOSITORY / "docs" / f"{name.removeprefix('santoro-')}.md"]
     for page in filter(Path.is_file, pages):
         tables = entry.experiment().tables(entry, results)
-        expected = reproduce.markdown(entry, results, tables, [f"{page.stem}.png"])
-        assert page.read_text() == expected, f"mann-ext reproduce {name} --from-results --page"
-        assert page.with_suffix(".png").is_file()
+        pictures = [
+            reproduce.picture(page, name) for name in entry.experiment().figures(entry, results)
+        ]
+        expected = reproduce.markdown(entry, results, tables, [path.name for path in pictures])
+        assert page.read_text() == expected, f"mann-ext reproduce {entry.name} --from-results"
+        assert all(map(Path.is_file, pictures))
 
 
 def test_a_row_of_another_task_needs_only_its_module(
