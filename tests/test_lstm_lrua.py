@@ -347,7 +347,7 @@ def test_the_model_runs_the_operator_where_it_can(monkeypatch: pytest.MonkeyPatc
 
     def note(self: MANN, *args: Any) -> Any:
         calls.append(self)
-        return self._stepwise(*args, return_trace=False)[:2]
+        return self._stepwise(*args, False)[:2]
 
     monkeypatch.setattr(MANN, "_fused", note)
     (x, _), single = model_inputs(), make(dtype=torch.float32)
