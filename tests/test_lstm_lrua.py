@@ -345,9 +345,9 @@ def test_the_model_equals_its_loop_of_steps(chosen: dict[str, Any]):
 def test_the_model_runs_the_operator_where_it_can(monkeypatch: pytest.MonkeyPatch):
     calls: list[MANN] = []
 
-    def note(self: MANN, *args: Any) -> Any:
+    def note(self: MANN, x: Any, state: Any, reset_mask: Any) -> Any:
         calls.append(self)
-        return self._stepwise(*args, False)[:2]
+        return self._stepwise(x, state, reset_mask, return_trace=False)[:2]
 
     monkeypatch.setattr(MANN, "_fused", note)
     (x, _), single = model_inputs(), make(dtype=torch.float32)
