@@ -20,10 +20,7 @@ from mann_ext import __version__
 from mann_ext.checkpoint import replace_file
 from mann_ext.experiments.config import to_json
 from mann_ext.experiments.task import Task
-from mann_ext.reporting import Table
-
-WIDE = 110
-"""Columns of a terminal that all columns of a table of results fit in."""
+from mann_ext.reporting import Table, print_table
 
 
 def results(
@@ -138,27 +135,3 @@ def _instruction_set() -> str:
     except (ImportError, AttributeError, ValueError):
         return "instruction set unknown"
     return {"avx512": "AVX-512", "avx2": "AVX2"}.get(name, name)
-
-
-def print_table(table: Table) -> None:
-    """Print a table, with the columns that there is room for."""
-    try:
-        import rich.table
-        from rich.console import Console
-    except ImportError:
-        print(table.title)
-        for first, *others in (table.columns, *table.rows):
-            print(f"{first:<28}" + "".join(f"{text:>7}" for text in others))
-        return
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width to fit
-        console = Console(width=WIDE)
-    print(table.title)
-    everything = tuple(range(len(table.columns)))
-    shown = table.narrow if table.narrow and console.width < WIDE else everything
-    printed = rich.table.Table()
-    for index in shown:
-        printed.add_column(table.columns[index], justify="right" if index else "left", no_wrap=True)
-    for row in table.rows:
-        printed.add_row(*(row[index] for index in shown))
-    console.print(printed)

@@ -17,6 +17,11 @@ PLAIN_LINE_SECONDS = 5.0
 
 METRICS = "metrics.jsonl"
 
+WIDE = 110
+"""Columns of a terminal that all columns of a table of results fit in."""
+PIPE_WIDE = 160
+"""Columns of a file or a pipe, which have no width of their own."""
+
 
 class Table(NamedTuple):
     """A table of text; the first column says what each row is.
@@ -28,6 +33,32 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     narrow: tuple[int, ...] = ()
+
+
+def print_table(table: Table) -> None:
+    """Print a table, with the columns that there is room for."""
+    try:
+        import rich.table
+        from rich.console import Console
+    except ImportError:
+        print(table.title)
+        for first, *others in (table.columns, *table.rows):
+            print(f"{first:<28}" + "".join(f" {text:>6}" for text in others))
+        return
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to fit
+        console = Console(width=PIPE_WIDE)
+    print(table.title)
+    everything = tuple(range(len(table.columns)))
+    shown = table.narrow if table.narrow and console.width < WIDE else everything
+    printed = rich.table.Table()
+    for index in shown:
+        printed.add_column(
+            table.columns[index], justify="right" if index else "left", no_wrap=index > 0
+        )
+    for row in table.rows:
+        printed.add_row(*(row[index] for index in shown))
+    console.print(printed)
 
 
 class Reporter:

@@ -16,8 +16,8 @@ from typing import Any
 
 from mann_ext.experiments import REPRODUCTIONS
 from mann_ext.experiments.config import ConfigError, differences, from_json
-from mann_ext.experiments.reproduction import ReproduceOptions, Reproduction, Results, Run, Table
-from mann_ext.reporting import clock
+from mann_ext.experiments.reproduction import ReproduceOptions, Reproduction, Results, Run
+from mann_ext.reporting import Table, clock, print_table
 
 COMMITTED = Path(__file__).resolve().parents[1] / "results"
 """Folder of the results that are kept with the sources."""
@@ -225,27 +225,6 @@ def markdown(
         parts.append(f"{words}: {'; '.join(sorted({values[name] for values in measured}))}.")
     parts.append(f"`mann-ext reproduce {entry.name}` makes this page, and the JSON beside it.")
     return "\n\n".join(parts) + "\n"
-
-
-def print_table(table: Table) -> None:
-    """Print a table."""
-    print(table.title)
-    try:
-        from rich.console import Console
-        from rich.table import Table as Grid
-    except ImportError:
-        for row in (table.columns, *table.rows):
-            print("  ".join(f"{cell:>8}" if i else f"{cell:<32}" for i, cell in enumerate(row)))
-        return
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width to fit
-        console = Console(width=160)
-    grid = Grid()
-    for number, column in enumerate(table.columns):
-        grid.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
-    for row in table.rows:
-        grid.add_row(*row)
-    console.print(grid)
 
 
 def readme_block() -> str:

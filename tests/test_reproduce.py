@@ -328,7 +328,7 @@ def test_a_row_of_another_task_needs_only_its_module(
     """What other experiments rely on: the module is the whole interface."""
     from types import ModuleType
 
-    from mann_ext.experiments.reproduction import Table
+    from mann_ext.reporting import Table
 
     module = ModuleType("tests.other_experiment")
     module.measure = lambda run, config, trained, episodes: {  # type: ignore[attr-defined]

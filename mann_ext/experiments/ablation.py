@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mann_ext.experiments.classification import accuracy_of, effort
-from mann_ext.experiments.reproduction import Reproduction, Results, Run, Table
-from mann_ext.reporting import ordinal
+from mann_ext.experiments.reproduction import Reproduction, Results, Run
+from mann_ext.reporting import Table, ordinal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mann_ext import evaluation, training
 from mann_ext.experiments import nearest_neighbours
-from mann_ext.experiments.reproduction import Reproduction, Results, Run, Table
+from mann_ext.experiments.reproduction import Reproduction, Results, Run
 from mann_ext.experiments.santoro import (
     INSTANCES,
     PAPER_ACCURACY,
@@ -18,7 +18,7 @@ from mann_ext.experiments.santoro import (
     SantoroConfig,
 )
 from mann_ext.experiments.santoro_reproductions import NeighbourConfig
-from mann_ext.reporting import ordinal
+from mann_ext.reporting import Table, ordinal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from mann_ext import evaluation, training
 from mann_ext.experiments.classification import cells, effort
-from mann_ext.experiments.reproduction import Reproduction, Results, Run, Table
+from mann_ext.experiments.reproduction import Reproduction, Results, Run
 from mann_ext.experiments.santoro import INSTANCES
-from mann_ext.reporting import ordinal
+from mann_ext.reporting import Table, ordinal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,9 @@ import torch
 
 from mann_ext import evaluation, training
 from mann_ext.experiments.few_shot import Accuracy, FewShot, accuracy, count
-from mann_ext.experiments.reproduction import Reproduction, Results, Run, Table
+from mann_ext.experiments.reproduction import Reproduction, Results, Run
 from mann_ext.models import MANN, MANNState
-from mann_ext.reporting import ordinal
+from mann_ext.reporting import Table, ordinal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

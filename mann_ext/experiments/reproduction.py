@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from mann_ext.experiments.config import ConfigError
+from mann_ext.reporting import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,15 +35,6 @@ class Run:
     """The preset whose variant this is, for ``mann-ext train``; None: nothing is trained first."""
     minutes: float
     """About how long it takes on two cores with its own budget."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text; the first column says what each row is."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
