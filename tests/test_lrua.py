@@ -316,6 +316,20 @@ def test_threads_and_repetition_change_nothing(chunk: int):
             assert torch.equal(x, y)
 
 
+@native
+@samples
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inference_which_keeps_no_weights_gives_the_same(sample: Sample, dtype: torch.dtype):
+    floating = [x is not None and x.is_floating_point() for x in sample.args]
+    args = [x.to(dtype) if f else x for x, f in zip(sample.args, floating, strict=True)]
+    if sample.name == "several_blocks":
+        args[7] = torch.tensor([[False], [True], [False]])
+    learnt = [x.clone().requires_grad_() if f else x for x, f in zip(args, floating, strict=True)]
+    trained = ops.lrua_scan(*learnt, **sample.options, chunk=1)
+    for x, y in zip(ops.lrua_scan(*args, **sample.options, chunk=1), trained, strict=True):
+        torch.testing.assert_close(x, y.detach(), rtol=0, atol=0, equal_nan=True)
+
+
 @samples
 def test_a_scan_is_a_loop_of_steps(sample: Sample):
     memory, read_weights, usage, keys, gates, strengths, contents, reset = sample.args

@@ -18,6 +18,10 @@ namespace {
 
 using namespace mann_ext::lrua;
 
+// Tiles of a memory in RAM that are written and addressed before they are read: together they fit
+// in the second-level cache, and the sums of the reads are loaded and stored once for all of them.
+constexpr int64_t kRunTiles = 4;
+
 template <class A>
 struct Candidate {
   A usage;
@@ -93,16 +97,18 @@ struct Scan {
   }
 
   // w_w = g * w_prev + (1 - g) * lu over one tile (eq. 22), and which slots survive the erase.
-  // Returns false where nothing of this tile is erased.
+  // `scales` [R], if given, turn `previous` into weights. Returns false where nothing of this tile
+  // is erased.
   template <class H>
   static MANN_EXT_INLINE bool write_weights(const Shape& s, const Options& o, const A* previous,
                                             const A* gates, const int64_t* slots, int64_t tile,
-                                            A* weights, int64_t stride, Int* keep, H heads) {
+                                            A* weights, int64_t stride, Int* keep, H heads,
+                                            const A* scales = nullptr) {
     for (int64_t r = 0; r < heads; ++r) {
-      const A g = gates[r];
+      const A g = gates[r], scale = scales == nullptr ? A(1) : scales[r];
       for (int64_t lane = 0; lane < kTile; lane += kLanes<A>)
         store<A>(weights + r * stride + lane,
-                 g * load<A>(previous + r * s.padded + tile * kTile + lane));
+                 g * (load<A>(previous + r * s.padded + tile * kTile + lane) * scale));
     }
     bool any = false;
     for (int64_t i = 0; i < s.chosen; ++i) {
@@ -170,7 +176,7 @@ struct Scan {
     S* memory;                 // tiles; a single step has those of the block at work only
     A* initial;                // [R][padded]: read weights given
     A* fresh;                  // [R][padded]: read weights after a reset, one-hot at slot 0
-    A* weights;                // [chunk + 1][R][padded]: where no history is kept
+    A* weights;                // [chunk + 1 or 1][R][padded]: where no history is kept
     A* usage;                  // [padded]
     A* partial;                // [blocks][R * W reads, R totals, R shifts]
     Candidate<A>* candidates;  // [blocks][n]
@@ -185,7 +191,7 @@ struct Scan {
       memory = arena.take<S>(saves_all(p) || s.steps == 1 ? 0 : s.tiles * s.width * kTile);
       initial = arena.take<A>(s.heads * s.padded);
       fresh = arena.take<A>(p.in.reset == nullptr ? 0 : s.heads * s.padded);
-      weights = arena.take<A>(p.weight_history ? 0 : (p.options.chunk + 1) * s.heads * s.padded);
+      weights = arena.take<A>(p.weight_history ? 0 : kept_steps(p) * s.heads * s.padded);
       usage = arena.take<A>(s.padded);
       partial = arena.take<A>(s.blocks * s.heads * (s.width + 2));
       candidates = arena.take<Candidate<A>>(s.blocks * s.chosen);
@@ -194,11 +200,16 @@ struct Scan {
       bytes = arena.used();
     }
 
-    // w_t, written at step t; t = -1: what the scan was given.
+    // Steps whose weights are kept where no history is. One step at a time needs no more than the
+    // last one's exponentials: they are scaled where they are used, and overwritten in place.
+    static int64_t kept_steps(const Forward& p) {
+      return p.options.chunk == 1 ? 1 : p.options.chunk + 1;
+    }
+    // w_t, written at step t (`unscaled`: its exponentials); t = -1: what the scan was given.
     A* read_weights(const Forward& p, int64_t b, int64_t t) const {
       if (t < 0) return initial;
       if (p.weight_history == nullptr)
-        return weights + t % (p.options.chunk + 1) * p.shape.heads * p.shape.padded;
+        return weights + t % kept_steps(p) * p.shape.heads * p.shape.padded;
       return static_cast<A*>(p.weight_history) + at(p.shape, t, b) * p.shape.heads * p.shape.padded;
     }
     const A* previous_weights(const Forward& p, int64_t b, int64_t t) const {
@@ -206,6 +217,13 @@ struct Scan {
     }
   };
 
+  static bool unscaled(const Forward& p) {
+    return p.weight_history == nullptr && p.options.chunk == 1;
+  }
+  // [R] factors that turn a block's exponentials into weights, left there by forward_combine.
+  static const A* block_scales(const Shape& s, const ForwardScratch& scratch, int64_t block) {
+    return scratch.partial + block * s.heads * (s.width + 2) + s.heads * (s.width + 1);
+  }
   static bool saves_all(const Forward& p) {
     return p.snapshots != nullptr && p.options.snapshot_every == 1;
   }
@@ -289,6 +307,7 @@ struct Scan {
     const bool starts = t == 0 || resets(p.in, s, t, b);
     const bool given = !resets(p.in, s, t, b);
     const bool snapshots = p.snapshots != nullptr && (t + 1) % p.options.snapshot_every == 0;
+    const bool scale_previous = unscaled(p) && !starts;
     const int64_t tile_size = s.width * kTile;
 
     Arena room(thread_scratch<0>((2 * heads + 1) * kTile * sizeof(A) + kTile * sizeof(Int) +
@@ -315,10 +334,13 @@ struct Scan {
       if (s.steps == 1 && !saves_all(p)) memory = block_room<S, 1>(s) - tile0 * tile_size;
       A* partial = scratch.partial + block * heads * (s.width + 2);
       A* totals = partial + heads * s.width;
+      A scales[kRoom<H>];
+      for (int64_t r = 0; r < heads; ++r)
+        scales[r] = scale_previous ? block_scales(s, scratch, block)[r] : A(1);
       std::fill(totals, totals + 2 * heads, A(0));
-      // A tile that comes from RAM is read while it is in the first-level cache, unless the
-      // exponentials need the block's largest score first.
-      const int64_t run = s.blocks > 1 && !shifted ? 1 : s.block_tiles;
+      // Tiles that come from RAM are read while they are in a near cache, unless the exponentials
+      // need the block's largest score first.
+      const int64_t run = s.blocks > 1 && !shifted ? kRunTiles : s.block_tiles;
       for (int64_t run0 = tile0; run0 < tile1; run0 += run) {
         const int64_t run1 = std::min(tile1, run0 + run);
         for (int64_t tile = run0; tile < run1; ++tile) {
@@ -330,8 +352,9 @@ struct Scan {
           } else if (saves_all(p)) {
             src = snapshot(p, b, t - 1) + tile * tile_size;
           }
+          if (s.blocks > 1) ask_for_tile(s, previous, weights, scratch.usage, tile + 1, heads);
           const bool erases = write_weights(s, p.options, previous, gates, scratch.slots, tile,
-                                            write, kTile, keep, heads);
+                                            write, kTile, keep, heads, scales);
           if (erases && p.erased_rows != nullptr) save_erased(p, b, t, scratch.slots, tile, src);
           decay_usage(p, scratch.usage + tile * kTile, write, heads);
           write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots,
@@ -352,6 +375,21 @@ struct Scan {
         });
       }
       lane_sums(reads, heads * s.width, partial);
+    }
+  }
+
+  // Asks early for a tile's weights of both steps and its usage: short pieces of many arrays,
+  // which the hardware does not foresee.
+  template <class H>
+  static MANN_EXT_INLINE void ask_for_tile(const Shape& s, const A* previous, const A* weights,
+                                           const A* usage, int64_t tile, H heads) {
+    const int64_t first = tile * kTile;
+    for (int64_t i = first; i < first + kTile; i += 64 / static_cast<int64_t>(sizeof(A))) {
+      __builtin_prefetch(usage + i, 1);
+      for (int64_t r = 0; r < heads; ++r) {
+        __builtin_prefetch(previous + r * s.padded + i);
+        __builtin_prefetch(weights + r * s.padded + i, 1);
+      }
     }
   }
 
@@ -486,15 +524,16 @@ struct Scan {
     const Shape& s = p.shape;
     const ForwardScratch scratch(p, base);
     A* weights = scratch.read_weights(p, b, t);
+    const bool keep = unscaled(p);
     for (; block < end; ++block) {
-      const A* scales = scratch.partial + block * s.heads * (s.width + 2) + s.heads * (s.width + 1);
+      const A* scales = block_scales(s, scratch, block);
       const int64_t last = std::min(s.tiles, (block + 1) * s.block_tiles) * kTile;
       with_heads(s.heads, [&](auto heads) {
         for (int64_t i = block * s.block_tiles * kTile; i < last; i += kLanes<A>) {
           Vec<A> u = load<A>(scratch.usage + i);
           for (int64_t r = 0; r < heads; ++r) {
-            const Vec<A> w = load<A>(weights + r * s.padded + i) * scales[r];
-            store<A>(weights + r * s.padded + i, w);
+            const Vec<A> w = apart(load<A>(weights + r * s.padded + i) * scales[r]);
+            if (!keep) store<A>(weights + r * s.padded + i, w);
             u += w;
           }
           store<A>(scratch.usage + i, u);
@@ -510,8 +549,12 @@ struct Scan {
     const A* weights = scratch.read_weights(p, b, s.steps - 1);
     A* weights_out = static_cast<A*>(p.weights_out) + b * s.heads * s.slots;
     for (int64_t r = 0; r < s.heads; ++r)
-      std::copy(weights + r * s.padded, weights + r * s.padded + s.slots,
-                weights_out + r * s.slots);
+      for (int64_t block = 0; block < s.blocks; ++block) {
+        const A scale = unscaled(p) ? block_scales(s, scratch, block)[r] : A(1);
+        const int64_t last = std::min(s.slots, (block + 1) * s.block_tiles * kTile);
+        for (int64_t i = block * s.block_tiles * kTile; i < last; ++i)
+          weights_out[r * s.slots + i] = weights[r * s.padded + i] * scale;
+      }
     std::copy(scratch.usage, scratch.usage + s.slots, static_cast<A*>(p.usage_out) + b * s.slots);
   }
 

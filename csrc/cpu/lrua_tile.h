@@ -118,7 +118,8 @@ inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t w
       for (int64_t j = j0; j < j1; ++j) {
         Vec<A> m[V];
         if (ahead != 0)
-          for (int v = 0; v < V; ++v) __builtin_prefetch(src + ahead + j * kTile + lane + v * L, 1);
+          for (int v = 0; v < V; ++v)
+            __builtin_prefetch(src + ahead + lane * width + (j * V + v) * L, 1);
         for (int v = 0; v < V; ++v) {
           m[v] = load<A>(src + j * kTile + lane + v * L);
           if (keep != nullptr) m[v] = keep_lanes<A>(keep + lane + v * L, m[v]);

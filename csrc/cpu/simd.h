@@ -193,6 +193,19 @@ MANN_EXT_INLINE Vec<A> store_rounded(S* p, Vec<A> v) {
     return load<A>(p);
 }
 
+// v as it was rounded: never joined with a following addition into one operation that rounds once.
+template <class V>
+MANN_EXT_INLINE V apart(V v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class A>
 MANN_EXT_INLINE Vec<A> load_unaligned(const A* p) {
   Vec<A> v;
