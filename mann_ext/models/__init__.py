@@ -3,6 +3,7 @@
 from mann_ext.models.baselines import LSTM, FeedForward
 from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController
 from mann_ext.models.mann import MANN, MANNState
+from mann_ext.models.metanet import MetaNet
 
 __all__ = [
     "LSTM",
@@ -12,4 +13,5 @@ __all__ = [
     "FeedForwardController",
     "LSTMController",
     "MANNState",
+    "MetaNet",
 ]
