@@ -1,0 +1,321 @@
+"""Fast weights: layers augmented by weights made for a task or an example, and what makes them.
+
+A layer with slow weights W and fast weights W* computes f(W x) + f(W* x) (layer augmentation,
+Munkhdalai and Yu, 2017). Fast weights are made from gradients by meta learners that treat every
+coordinate alike, so one learner serves layers of any size and networks of any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mann_ext.ops.lstm import lstm_scan
+
+__all__ = [
+    "CoordinateLSTM",
+    "CoordinateMLP",
+    "FastConv2d",
+    "FastLinear",
+    "FastSequential",
+    "MetaLearner",
+    "example_gradients",
+    "preprocess_gradients",
+]
+
+Activation = Literal["relu"] | None
+
+CHUNK = 8192  # coordinates at a time, so that the hidden units stay in the cache
+
+
+class FastLinear(nn.Linear):
+    """A linear layer that fast weights augment: f(W x + b) + sum_k f(W*_k x).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        activation: f, "relu" or None for the identity.
+
+    Example:
+        >>> layer = FastLinear(6, 4, bias=False)
+        >>> x = torch.randn(3, 6)
+        >>> layer(x, torch.randn(4, 6), torch.randn(3, 4, 6)).shape  # for all, and one an example
+        torch.Size([3, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: Activation = "relu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.activation = _checked_activation("FastLinear", activation)
+
+    def forward(self, x: Tensor, *fast: Tensor) -> Tensor:
+        """x (B, I) and fast weights, each (O, I) for all or (B, O, I) one an example -> (B, O).
+
+        Raises:
+            ValueError: fast weights of another shape.
+        """
+        parts = [F.linear(x, self.weight, self.bias)]
+        for weight in fast:
+            if _is_shared("FastLinear", weight, self.weight, x):
+                parts.append(F.linear(x, weight))
+            else:
+                parts.append(torch.bmm(weight, x.unsqueeze(-1)).squeeze(-1))
+        return _combine(parts, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class FastConv2d(nn.Conv2d):
+    """A convolution that fast weights augment: f(W * x + b) + sum_k f(W*_k * x).
+
+    Fast weights of a whole batch, one filter bank an example, are one grouped convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, device, dtype: as
+            for ``nn.Conv2d``.
+        activation: f, "relu" or None for the identity.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        activation: Activation = "relu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.activation = _checked_activation("FastConv2d", activation)
+
+    def forward(self, x: Tensor, *fast: Tensor) -> Tensor:
+        """x (B, I, H, W) and fast weights, each of the weight's shape (O, I, h, w) for all or
+        (B, O, I, h, w) one an example -> (B, O, H', W').
+
+        Raises:
+            ValueError: fast weights of another shape.
+        """
+        parts = [self._convolve(x, self.weight, 1, self.bias)]
+        for weight in fast:
+            if _is_shared("FastConv2d", weight, self.weight, x):
+                parts.append(self._convolve(x, weight))
+            else:
+                batch = x.shape[0]
+                grouped = self._convolve(
+                    x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), groups=batch
+                )
+                parts.append(grouped.view(batch, -1, *grouped.shape[2:]))
+        return _combine(parts, self.activation)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None
+    ) -> Tensor:
+        # Not F.conv2d's keyword form of padding: "same" and "valid" are strings there.
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class FastSequential(nn.Sequential):
+    """``nn.Sequential`` that hands fast weights to those of its layers they are for.
+
+    Example:
+        >>> net = FastSequential(FastLinear(6, 4), FastLinear(4, 2, activation=None))
+        >>> net(torch.randn(3, 6), {"0.weight": torch.randn(3, 4, 6)}).shape
+        torch.Size([3, 2])
+    """
+
+    def forward(self, x: Tensor, *fast: Mapping[str, Tensor]) -> Tensor:
+        """x and mappings from names of parameters ("0.weight") to fast weights.
+
+        Raises:
+            ValueError: a name that no layer has.
+        """
+        known = {name for name, _ in self.fast_parameters()}
+        for name in (name for mapping in fast for name in mapping):
+            if name not in known:
+                raise ValueError(
+                    f"FastSequential: no fast layer has the weight {name!r}; there are "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+        for name, layer in self.named_children():
+            if isinstance(layer, (FastLinear, FastConv2d)):
+                x = layer(x, *(m[key] for m in fast if (key := f"{name}.weight") in m))
+            else:
+                x = layer(x)
+        return x
+
+    def fast_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and slow weights of the layers that can be augmented."""
+        for name, layer in self.named_children():
+            if isinstance(layer, (FastLinear, FastConv2d)):
+                yield f"{name}.weight", layer.weight
+
+
+def example_gradients(
+    loss: Callable[[dict[str, Tensor], Tensor, Tensor], Tensor],
+    parameters: dict[str, Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    create_graph: bool = False,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of each example's loss, all in one call (``vmap`` of ``grad``).
+
+    Args:
+        loss: of ``parameters``, one input (...) and one target (...), a scalar.
+        parameters: what to differentiate with respect to.
+        inputs, targets: (S, ...), one an example.
+        create_graph: True: gradients flow on into ``parameters`` (second order).
+
+    Returns:
+        gradients, each (S, *shape of the parameter), and losses (S,).
+    """
+    with torch.set_grad_enabled(create_graph and torch.is_grad_enabled()):
+        per_example = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0, 0))
+        gradients, losses = per_example(parameters, inputs, targets)
+    return gradients, losses
+
+
+def preprocess_gradients(gradients: Tensor) -> Tensor:
+    """g (...) -> (..., 2), by size and by sign (Andrychowicz et al., 2016, with p = 7)::
+
+    (log|g| / 7, sign g)   if |g| >= e^-7
+    (-1, e^7 g)            else
+    """
+    size = gradients.abs().clamp(min=E7).log() / 7
+    return torch.stack([size, (gradients / E7).clamp(-1, 1)], -1)
+
+
+E7 = 9.118819655545162e-4  # e^-7
+
+
+class CoordinateMLP(nn.Module):
+    """m, which makes an example-level fast weight of each coordinate of a gradient: 2 -> H -> H -> 1.
+
+    Args:
+        hidden_size: H.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layers = nn.Sequential(
+            nn.Linear(2, hidden_size, **factory), nn.ReLU(),
+            nn.Linear(hidden_size, hidden_size, **factory), nn.ReLU(),
+            nn.Linear(hidden_size, 1, **factory),
+        )  # fmt: skip
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        """Gradients (S, P) -> fast weights (S, P)."""
+        return self.layers(preprocess_gradients(gradients)).squeeze(-1)
+
+
+class CoordinateLSTM(nn.Module):
+    """d, which makes a task-level fast weight of each coordinate of T gradients.
+
+    An LSTM, 2 -> H, over the gradients and a linear layer, H -> 1, on its last state.
+
+    Args:
+        hidden_size: H.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.lstm = nn.LSTM(2, hidden_size, **factory)
+        self.output = nn.Linear(hidden_size, 1, **factory)
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        """Gradients (T, P) -> fast weights (P,)."""
+        x = preprocess_gradients(gradients)
+        zeros = x.new_zeros(x.shape[1], self.lstm.hidden_size)
+        hidden = lstm_scan(x, zeros, zeros, *self.lstm.parameters()).h
+        return self.output(hidden).squeeze(-1)
+
+
+class MetaLearner(nn.Module):
+    """One coordinate-wise learner for convolutions and one for linear layers.
+
+    Args:
+        make: makes a learner.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.convolution, self.linear = make(), make()
+
+    def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients by name, each (S, *shape) -> fast weights by name, (S, *shape) or (*shape)."""
+        made: dict[str, Tensor] = {}
+        for learner, rank in ((self.convolution, 5), (self.linear, 3)):
+            chosen = {name: g for name, g in gradients.items() if g.dim() == rank}
+            if not chosen:
+                continue
+            flat = torch.cat([g.flatten(1) for g in chosen.values()], 1)
+            sizes = [g[0].numel() for g in chosen.values()]
+            for (name, g), part in zip(chosen.items(), learner(flat).split(sizes, -1), strict=True):
+                made[name] = part.reshape(*part.shape[:-1], *g.shape[1:])
+        return made
+
+
+def _checked_activation(module: str, activation: Activation) -> Activation:
+    if activation not in ("relu", None):
+        raise ValueError(f"{module}: expected activation 'relu' or None, got {activation!r}")
+    return activation
+
+
+def _is_shared(module: str, fast: Tensor, slow: Tensor, x: Tensor) -> bool:
+    """Whether the fast weights are the same for all examples; they fit, or it is an error."""
+    if fast.shape == slow.shape:
+        return True
+    if fast.shape[1:] == slow.shape and fast.shape[0] == x.shape[0]:
+        return False
+    shape = tuple(slow.shape)
+    raise ValueError(
+        f"{module}: expected fast weights of shape {shape}, or {(x.shape[0], *shape)} for one an "
+        f"example, got {tuple(fast.shape)}"
+    )
+
+
+def _combine(parts: list[Tensor], activation: Activation) -> Tensor:
+    if activation is not None:
+        parts = [part.relu() for part in parts]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
