@@ -119,8 +119,9 @@ class SiameseNet(_MetricNet):
 
     def __init__(self, filters: int = 64, image_size: int = 28, **options: Any) -> None:
         super().__init__(filters, image_size, **options)
-        factory = {name: options.get(name) for name in ("device", "dtype")}
-        self.same: nn.Linear = nn.Linear(self.features, 1, **factory)
+        self.same = nn.Linear(
+            self.features, 1, device=options.get("device"), dtype=options.get("dtype")
+        )
 
     def _compare(self, support: Tensor, one_hot: Tensor, queries: Tensor) -> Tensor:
         distances = (queries.sigmoid().unsqueeze(1) - support.sigmoid()).abs()
