@@ -7,12 +7,15 @@ coordinate alike, so one learner serves layers of any size and networks of any s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from torch.utils.checkpoint import checkpoint
 
 from mann_ext.ops.lstm import lstm_scan
 
@@ -29,7 +32,11 @@ __all__ = [
 
 Activation = Literal["relu"] | None
 
-CHUNK = 8192  # coordinates at a time, so that the hidden units stay in the cache
+CHUNK = 2048
+"""Coordinates that d takes at a time: T steps of its gates and cells stay in the cache."""
+CELLS = 4096
+"""Of the table in which m finds the line of a coordinate."""
+E7 = math.exp(-7)
 
 
 class FastLinear(nn.Linear):
@@ -207,11 +214,14 @@ def preprocess_gradients(gradients: Tensor) -> Tensor:
     return torch.stack([size, (gradients / E7).clamp(-1, 1)], -1)
 
 
-E7 = 9.118819655545162e-4  # e^-7
-
-
 class CoordinateMLP(nn.Module):
-    """m, which makes an example-level fast weight of each coordinate of a gradient: 2 -> H -> H -> 1.
+    """m, which makes an example-level fast weight of each coordinate of a gradient.
+
+    2 -> H -> H -> 1 with ReLU, of the two numbers of :func:`preprocess_gradients`. These lie on
+    three lines (g < -e^-7, g > e^-7, and between), and on a line such a network is a function of one variable, linear
+    but for some tens of kinks. So it is evaluated at two points of each linear piece, and a
+    coordinate costs finding its piece and one multiplication: values and gradients are the
+    network's to rounding, and nothing of H numbers a coordinate is ever made.
 
     Args:
         hidden_size: H.
@@ -234,8 +244,71 @@ class CoordinateMLP(nn.Module):
         )  # fmt: skip
 
     def forward(self, gradients: Tensor) -> Tensor:
-        """Gradients (S, P) -> fast weights (S, P)."""
-        return self.layers(preprocess_gradients(gradients)).squeeze(-1)
+        """Gradients (...) -> fast weights (...)."""
+        flat = gradients.reshape(-1)
+        # One variable for the three lines: t in [-1, 1] between them, (2 + log|g| / 7) sign g else.
+        t = (flat / E7).clamp(-1, 1) * (2 + flat.abs().clamp(min=E7).log() / 7)
+        bound = t.detach().abs().amax().item() + 1 if flat.numel() else 1.0
+        if not math.isfinite(bound):
+            return self.direct(gradients)
+        knots = self._knots(bound)
+        first, last = knots[:-1], knots[1:]
+        points = torch.stack([0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last])
+        start, end = self._run(_curve(points), len(self.layers)).squeeze(-1)
+        slope = (end - start) / (points[1] - points[0])
+        intercept = start - slope * points[0]
+        piece = _pieces(t.detach(), knots.to(t.dtype), bound)
+        lines = (intercept.to(t.dtype), slope.to(t.dtype))
+        intercepts, slopes = (line.index_select(0, piece) for line in lines)
+        return torch.addcmul(intercepts, slopes, t).view_as(gradients)
+
+    def direct(self, gradients: Tensor) -> Tensor:
+        """The same, the network run on every coordinate."""
+        made: Tensor = self.layers(preprocess_gradients(gradients))
+        return made.squeeze(-1)
+
+    def _run(self, x: Tensor, layers: int) -> Tensor:
+        """The first layers, in float64: slopes are differences of nearby values."""
+        for layer in self.layers[:layers]:
+            if isinstance(layer, nn.Linear):
+                x = F.linear(x, layer.weight.double(), layer.bias.double())
+            else:
+                x = layer(x)
+        return x
+
+    @torch.no_grad()
+    def _knots(self, bound: float) -> Tensor:
+        """Where the network may bend, from -bound to bound, in order."""
+        device = self.layers[0].weight.device
+        knots = torch.tensor([-bound, -1, 1, bound], dtype=torch.float64, device=device)
+        for layers in (1, 3):  # between its knots a unit's input is linear and crosses 0 once
+            x = self._run(_curve(knots), layers)
+            first, last = x[:-1], x[1:]
+            shares = first / (first - last)
+            crossings = knots[:-1, None] + shares * knots.diff()[:, None]
+            knots = torch.cat([knots, crossings[first * last < 0]]).sort().values
+        # Pieces too short to have a slope are left to their neighbours.
+        return knots[torch.cat([knots.new_tensor([1.0]), knots.diff()]) > 1e-9]
+
+
+def _curve(t: Tensor) -> Tensor:
+    """What `preprocess_gradients` makes of the gradient that t stands for."""
+    return torch.stack([(t.abs() - 2).clamp(min=-1), t.clamp(-1, 1)], -1)
+
+
+def _pieces(t: Tensor, knots: Tensor, bound: float) -> Tensor:
+    """The number of the piece that each t is in: a table of equal cells, then a few comparisons.
+
+    Ten times faster than a binary search (``torch.bucketize``).
+    """
+    inner = knots[1:-1]
+    edges = torch.linspace(-bound, bound, CELLS + 1, dtype=t.dtype, device=t.device)
+    before = torch.bucketize(edges, inner, out_int32=True)
+    piece = before.index_select(0, ((t + bound) * (CELLS / (2 * bound))).int())
+    upper = knots[1:]
+    for _ in range(int(before.diff().amax())):
+        piece += t > upper.index_select(0, piece)
+    return piece
 
 
 class CoordinateLSTM(nn.Module):
@@ -262,10 +335,22 @@ class CoordinateLSTM(nn.Module):
 
     def forward(self, gradients: Tensor) -> Tensor:
         """Gradients (T, P) -> fast weights (P,)."""
+        if not torch.is_grad_enabled() or gradients.shape[1] <= CHUNK:
+            return torch.cat([self.direct(part) for part in gradients.split(CHUNK, 1)])
+        # What a chunk saves for its backward pass is made again there: 600 numbers a coordinate.
+        parts = [
+            checkpoint(self.direct, part, use_reentrant=False, preserve_rng_state=False)
+            for part in gradients.split(CHUNK, 1)
+        ]
+        return torch.cat(parts)
+
+    def direct(self, gradients: Tensor) -> Tensor:
+        """The same, all coordinates at once."""
         x = preprocess_gradients(gradients)
         zeros = x.new_zeros(x.shape[1], self.lstm.hidden_size)
         hidden = lstm_scan(x, zeros, zeros, *self.lstm.parameters()).h
-        return self.output(hidden).squeeze(-1)
+        made: Tensor = self.output(hidden)
+        return made.squeeze(-1)
 
 
 class MetaLearner(nn.Module):
@@ -314,7 +399,7 @@ def _is_shared(module: str, fast: Tensor, slow: Tensor, x: Tensor) -> bool:
 
 def _combine(parts: list[Tensor], activation: Activation) -> Tensor:
     if activation is not None:
-        parts = [part.relu() for part in parts]
+        parts = [part.relu_() for part in parts]
     total = parts[0]
     for part in parts[1:]:
         total = total + part

@@ -211,14 +211,16 @@ class MetaNet(nn.Module):
         self._check(support, support_labels, queries)
         gradients, losses = self._gradients(self.base, support, support_labels)
         example_weights = self.example_learner(gradients)
+        features = self.embedding[:-1]  # without the output layer, which serves the gradients alone
         task_weights, base_task_weights = [], []
         if self.task_learner is not None:
             if self.variant == "plus":
                 base_task_weights.append(self._task_weights(gradients, losses))
             gradients, losses = self._gradients(self.embedding, support, support_labels)
-            task_weights.append(self._task_weights(gradients, losses))
+            kept = {name: gradients[name] for name, _ in features.fast_parameters()}
+            task_weights.append(self._task_weights(kept, losses))
         shots = support.shape[0]
-        represented = self.embedding[:-1](torch.cat([support, queries]), *task_weights)
+        represented = features(torch.cat([support, queries]), *task_weights)
         read_weights = content_read(represented[shots:], represented[:shots]).weights
         fast = {
             name: (read_weights @ weight.flatten(1)).view(-1, *weight.shape[1:])
