@@ -8,6 +8,7 @@ from typing import Any
 from mann_ext.experiments import (
     function_reproductions,
     functions,
+    metanet_reproductions,
     santoro,
     santoro_reproductions,
     support_query,
@@ -36,6 +37,7 @@ _ALL = (
     santoro_reproductions.ABLATION,
     function_reproductions.REGRESSION,
     function_reproductions.QUADRATIC,
+    *metanet_reproductions.REPRODUCTIONS,
 )
 REPRODUCTIONS: dict[str, Reproduction] = {reproduction.name: reproduction for reproduction in _ALL}
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mann_ext import data, models
+from mann_ext import data, evaluation, models
 from mann_ext.data import Tasks, TaskSampler
 from mann_ext.experiments.few_shot import TEST_SEED, as_config_error, load_data
 from mann_ext.experiments.nearest_neighbours import nearest
@@ -68,7 +68,7 @@ class SupportQuery:
             characters = load_data(config.episodes)
             known, new = characters.split(config.episodes.split)
             self._load_training = partial(_turned, known)
-            test = _small(new)
+            test = small(new)
             self.image_size, self.channels = IMAGE_SIZE, 1
             self.data_name = (
                 f"{characters.source}, {len(known.names):,} classes and their quarter turns to "
@@ -85,13 +85,18 @@ class SupportQuery:
         return self.sampler(images, ways, seed + self._rank, self.config.episodes.batch_size)
 
     def sampler(
-        self, images: LabelledImages, ways: int, seed: int, batch_size: int = 1
+        self,
+        images: LabelledImages,
+        ways: int,
+        seed: int,
+        batch_size: int = 1,
+        queries: int | None = None,
     ) -> TaskSampler:
-        """Tasks of any images, with the shots and queries of the configuration."""
+        """Tasks of any images, with the shots of the configuration, and its queries by default."""
         tasks = self.config.episodes
         with as_config_error():
             return TaskSampler(
-                *images, ways, tasks.shots, tasks.queries, batch_size, seed, self.device
+                *images, ways, tasks.shots, queries or tasks.queries, batch_size, seed, self.device
             )
 
     def model(self) -> nn.Module:
@@ -129,19 +134,24 @@ class SupportQuery:
             logits: Tensor = model(support.to(self.dtype), support_labels, queries.to(self.dtype))
         return logits.float() if autocast else logits
 
-    def held_out_tasks(self, tasks: int, ways: int | None = None) -> Iterator[Tasks]:
+    def held_out_tasks(
+        self, tasks: int, ways: int | None = None, queries: int | None = None
+    ) -> Iterator[Tasks]:
         """So many tasks of held-out classes, the same ones at every call.
 
         Args:
             tasks: how many.
             ways: classes of each; None: as configured.
+            queries: of each class; None: as configured.
         """
         ways = self.config.episodes.ways_held_out if ways is None else ways
-        yield from self.tasks_of(self._test, tasks, ways)
+        return self.tasks_of(self._test, tasks, ways, queries)
 
-    def tasks_of(self, images: LabelledImages, tasks: int, ways: int) -> Iterator[Tasks]:
+    def tasks_of(
+        self, images: LabelledImages, tasks: int, ways: int, queries: int | None = None
+    ) -> Iterator[Tasks]:
         """So many tasks of any images, the same ones at every call."""
-        sampler = self.sampler(images, ways, self.config.run.seed + TEST_SEED)
+        sampler = self.sampler(images, ways, self.config.run.seed + TEST_SEED, queries=queries)
         for _ in range(tasks):
             yield sampler.sample()
 
@@ -236,10 +246,14 @@ def for_ways(model: nn.Module, ways: int) -> nn.Module:
 
 
 def summary(shares: dict[str, Tensor]) -> dict[str, Any]:
-    """Accuracies and halves of their 95 % confidence intervals, ready for JSON, from the shares of
-    right answers in each task, (tasks,), under names. The task is the sampling unit."""
+    """Accuracies and halves of their 95 % confidence intervals, from Student's t distribution with
+    the task as the sampling unit, ready for JSON.
+
+    Args:
+        shares: of right answers in each task, (tasks,), under names.
+    """
     widths = {
-        name: 1.959964 * values.std().item() / math.sqrt(len(values))
+        name: evaluation.t_quantile(len(values) - 1) * values.std().item() / math.sqrt(len(values))
         for name, values in shares.items()
         if len(values) > 1
     }
@@ -249,7 +263,7 @@ def summary(shares: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _small(characters: data.Characters) -> LabelledImages:
+def small(characters: data.Characters) -> LabelledImages:
     """Drawings of 28 x 28 pixels and their classes."""
     count, drawings = characters.images.shape[:2]
     images = data.shrink(characters.images.flatten(0, 1), IMAGE_SIZE)
@@ -258,7 +272,7 @@ def _small(characters: data.Characters) -> LabelledImages:
 
 def _turned(characters: data.Characters) -> LabelledImages:
     """The same, and turned by quarter turns."""
-    return data.quarter_turns(*_small(characters))
+    return data.quarter_turns(*small(characters))
 
 
 def _mini_imagenet(part: Any, root: Path | None) -> LabelledImages:
