@@ -61,20 +61,19 @@ class SupportQuery:
         if config.episodes.source == "miniimagenet":
             root = config.episodes.data_root
             self._load_training = partial(_mini_imagenet, "train", root)
-            test = _mini_imagenet("test", root)
+            self._test = test = _mini_imagenet("test", root)
             self.image_size, self.channels = MINI_IMAGENET_SIZE, 3
-            self.data_name = "miniImageNet, 64 classes to train on and 20 held out"
+            self.data_name = f"miniImageNet, {len(test[1].unique())} classes held out"
         else:
             characters = load_data(config.episodes)
             known, new = characters.split(config.episodes.split)
             self._load_training = partial(_turned, known)
-            test = small(new)
+            self._test = small(new)
             self.image_size, self.channels = IMAGE_SIZE, 1
             self.data_name = (
                 f"{characters.source}, {len(known.names):,} classes and their quarter turns to "
                 f"train on, {len(new.names):,} held out"
             )
-        self._test = test
 
     @cached_property
     def training_episodes(self) -> TaskSampler:
