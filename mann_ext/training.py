@@ -338,7 +338,13 @@ def learning_rate(config: OptimiserConfig, step: int, spent: float) -> float:
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
-    """The optimiser that ``config`` describes."""
+    """The optimiser that ``config`` describes.
+
+    Raises:
+        ConfigError: the model has nothing to train.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model: {type(model).__name__} has no parameters to train")
     if config.optimiser == "adam":
         return torch.optim.AdamW(
             model.parameters(),

@@ -357,7 +357,7 @@ def test_mini_imagenet_that_is_not_there_says_what_to_put_where(tmp_path):
     with pytest.raises(data.DataError, match=rf"not found in {tmp_path}.*train\.csv .*images"):
         data.mini_imagenet("train", tmp_path)
     with pytest.raises(ValueError, match="expected part 'train', 'val' or 'test', got 'valid'"):
-        data.mini_imagenet("valid", tmp_path)  # type: ignore[arg-type]
+        data.mini_imagenet("valid", tmp_path)
     with pytest.raises(ValueError, match="size of at least 1, got 0"):
         data.mini_imagenet("train", tmp_path, size=0)
 

@@ -111,10 +111,13 @@ def test_what_santoro_runs_have_not_got_is_refused(
     with pytest.raises(ConfigError, match="9-way tasks need as many classes, got 8"):
         list(task.held_out_tasks(1, ways=9))
     for field in ("ways", "shots", "queries", "batch_size"):
+        values: dict[str, Any] = {field: 0}
         with pytest.raises(ConfigError, match=f"{field}: expected at least 1, got 0"):
-            TasksConfig(**{field: 0})
+            TasksConfig(**values)
     with pytest.raises(ConfigError, match="filters: expected at least 1, got 0"):
         LearnerConfig(filters=0)
+    with pytest.raises(ConfigError, match="PixelNeighbours has no parameters to train"):
+        train(learner("knn", run_dir=tmp_path / "knn"))
 
 
 def test_every_preset_describes_itself() -> None:

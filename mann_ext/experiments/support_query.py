@@ -93,7 +93,7 @@ class SupportQueryConfig(ExperimentConfig):
 
 
 RUN = RunConfig(
-    minibatches=60_000, log_every=100, eval_every=2000, eval_episodes=100, final_episodes=1000
+    minibatches=20_000, log_every=100, eval_every=2000, eval_episodes=100, final_episodes=1000
 )
 
 FIVE_WAY = SupportQueryConfig(optimiser=OptimiserConfig(), run=RUN)
