@@ -235,7 +235,9 @@ class Loop:
         if self.processes.count > 1:
             on_gpu = self.task.device.type == "cuda"
             devices = [self.task.device.index] if on_gpu else None
-            network = DistributedDataParallel(network, device_ids=devices)
+            network = DistributedDataParallel(
+                network, device_ids=devices, find_unused_parameters=self.task.unused_parameters
+            )
         return torch.compile(network) if self.task.config.run.compile else network  # type: ignore
 
     def _spent(self) -> float:

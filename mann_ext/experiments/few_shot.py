@@ -97,6 +97,7 @@ class FewShot:
 
     columns = INSTANCES
     held_out = "held-out classes"
+    unused_parameters = False
 
     def __init__(self, config: SantoroConfig, device: torch.device, rank: int = 0) -> None:
         self.config = config

@@ -57,6 +57,8 @@ class SupportQuery:
 
     def __init__(self, config: SupportQueryConfig, device: torch.device, rank: int = 0) -> None:
         self.config, self.device, self._rank = config, device, rank
+        # The output layer of a MetaNet's embedding only makes gradients that are inputs.
+        self.unused_parameters = config.model.kind == "metanet"
         self.dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
         if config.episodes.source == "miniimagenet":
             root = config.episodes.data_root
