@@ -12,7 +12,7 @@ from mann_ext import data
 from mann_ext.experiments.metanet_results import Shares, figures, measured, tables
 from mann_ext.experiments.reproduction import Run
 from mann_ext.experiments.support_query import TasksConfig
-from mann_ext.experiments.support_query_task import LabelledImages, SupportQuery, for_ways, small
+from mann_ext.experiments.support_query_task import ClassImages, SupportQuery, for_ways, small
 
 __all__ = ["digits", "figures", "measure", "tables"]
 
@@ -30,7 +30,7 @@ def measure(run: Run, config: Any, trained: Path | None, episodes: int) -> dict[
     return measured(config, trained, episodes, test)
 
 
-def digits(tasks: TasksConfig, train: bool) -> LabelledImages:
+def digits(tasks: TasksConfig, train: bool) -> ClassImages:
     """MNIST; or ten synthetic characters, where the others are synthetic too."""
     if tasks.source == "synthetic":
         glyphs = data.synthetic_characters(DIGITS, drawings=40, seed=1)

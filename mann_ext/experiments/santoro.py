@@ -128,7 +128,8 @@ class EvalOptions:
     """Least number of episodes."""
     batch_size: int | None = None
     ways: int | None = None
-    """Classes an episode; only models of string labels know more than they were trained with."""
+    """Classes an episode; only models of string labels know more than they were trained with. Of
+    tasks of support images and queries, change test_ways."""
     test_ways: int | None = None
     """Classes of a task of support images and queries; any number fits a trained model."""
     shots: int | None = None

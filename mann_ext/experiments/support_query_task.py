@@ -32,7 +32,7 @@ METRIC_NETS = {
     "matching": models.MatchingNet,
     "prototypical": models.PrototypicalNet,
 }
-LabelledImages = tuple[Tensor, Tensor]
+ClassImages = tuple[Tensor, Tensor]
 """Images (M, H, W) or (M, C, H, W) uint8, and their classes (M,)."""
 
 
@@ -87,7 +87,7 @@ class SupportQuery:
 
     def sampler(
         self,
-        images: LabelledImages,
+        images: ClassImages,
         ways: int,
         seed: int,
         batch_size: int = 1,
@@ -149,7 +149,7 @@ class SupportQuery:
         return self.tasks_of(self._test, tasks, ways, queries)
 
     def tasks_of(
-        self, images: LabelledImages, tasks: int, ways: int, queries: int | None = None
+        self, images: ClassImages, tasks: int, ways: int, queries: int | None = None
     ) -> Iterator[Tasks]:
         """So many tasks of any images, the same ones at every call."""
         sampler = self.sampler(images, ways, self.config.run.seed + TEST_SEED, queries=queries)
@@ -264,18 +264,18 @@ def summary(shares: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def small(characters: data.Characters) -> LabelledImages:
+def small(characters: data.Characters) -> ClassImages:
     """Drawings of 28 x 28 pixels and their classes."""
     count, drawings = characters.images.shape[:2]
     images = data.shrink(characters.images.flatten(0, 1), IMAGE_SIZE)
     return images, torch.arange(count).repeat_interleave(drawings)
 
 
-def _turned(characters: data.Characters) -> LabelledImages:
+def _turned(characters: data.Characters) -> ClassImages:
     """The same, and turned by quarter turns."""
     return data.quarter_turns(*small(characters))
 
 
-def _mini_imagenet(part: Any, root: Path | None) -> LabelledImages:
+def _mini_imagenet(part: Any, root: Path | None) -> ClassImages:
     found = data.mini_imagenet(part, root, size=MINI_IMAGENET_SIZE)
     return found.images, found.class_of
