@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "cpu/driver.h"
 #include "cpu/isa.h"
@@ -103,21 +104,17 @@ std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor grad
     k.backward(s, room.get(), first, end);
   });
   // In the order of the chunks, so that the sums do not depend on the threads.
-  const auto sum = [&](auto* to, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      double total = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        total += packed.partial[chunk * size + first + i];
-      to[i] = static_cast<std::remove_reference_t<decltype(*to)>>(total);
-    }
-  };
-  const int64_t of_weights = weight_gradients(H);
+  std::vector<double> sums(static_cast<size_t>(size), 0.0);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < size; ++i)
+      sums[static_cast<size_t>(i)] += packed.partial[chunk * size + i];
+  const auto split = sums.begin() + weight_gradients(H);
   if (dtype == ScalarType::Double) {
-    sum(static_cast<double*>(grad_weights.mutable_data_ptr()), 0, of_weights);
-    sum(static_cast<double*>(grad_output.mutable_data_ptr()), of_weights, H + 1);
+    std::copy(sums.begin(), split, static_cast<double*>(grad_weights.mutable_data_ptr()));
+    std::copy(split, sums.end(), static_cast<double*>(grad_output.mutable_data_ptr()));
   } else {
-    sum(static_cast<float*>(grad_weights.mutable_data_ptr()), 0, of_weights);
-    sum(static_cast<float*>(grad_output.mutable_data_ptr()), of_weights, H + 1);
+    std::copy(sums.begin(), split, static_cast<float*>(grad_weights.mutable_data_ptr()));
+    std::copy(split, sums.end(), static_cast<float*>(grad_output.mutable_data_ptr()));
   }
   return {grad_weights, grad_output};
 }

@@ -24,8 +24,9 @@ inline int64_t padded(int64_t hidden) { return (hidden + kExtra + 3) / 4 * 4; }
 inline int64_t weight_gradients(int64_t hidden) { return 4 * hidden * (hidden + kExtra); }
 inline int64_t partial_size(int64_t hidden) { return weight_gradients(hidden) + hidden + 1; }
 
-// Coordinates whose gradients are summed by themselves, whichever thread does it.
-constexpr int64_t kChunk = 4096;
+// Coordinates whose gradients are summed by themselves, whichever thread does it. In float64 from
+// there on: a lane of a few hundred sums is as exact as pairwise sums are, one of thousands is not.
+constexpr int64_t kChunk = 512;
 
 struct Kernels {
   int64_t bytes;  // of a number

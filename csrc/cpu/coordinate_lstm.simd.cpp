@@ -259,14 +259,11 @@ struct CoordinateLSTM {
     }
   }
 
-  // The gradients of the weights of unit j and four inputs, from all steps.
+  // The gradients of the weights of unit j and four inputs, from all steps: summed by block and then
+  // over blocks, for a single long chain would round more than the reference.
   static void add_products(const Block& b, int64_t j, int64_t k) {
     A* kept = b.sums + (j * b.columns + k) * kGates * kLanesHere;
-    V sums[kGates][4];
-#pragma GCC unroll 4
-    for (int gate = 0; gate < kGates; ++gate)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[gate][i] = load<A>(kept + (gate * 4 + i) * kLanesHere);
+    V sums[kGates][4] = {};
     for (int64_t t = 0; t < b.steps; ++t) {
       const A *grad = b.gate(t, j), *x = b.input(t, k);
 #pragma GCC unroll 4
@@ -285,7 +282,10 @@ struct CoordinateLSTM {
 #pragma GCC unroll 4
     for (int gate = 0; gate < kGates; ++gate)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store<A>(kept + (gate * 4 + i) * kLanesHere, sums[gate][i]);
+      for (int i = 0; i < 4; ++i) {
+        A* sum = kept + (gate * 4 + i) * kLanesHere;
+        store<A>(sum, load<A>(sum) + sums[gate][i]);
+      }
   }
 
   static void store_sums(const Block& b, double* partial) {
