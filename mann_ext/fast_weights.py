@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch.utils.checkpoint import checkpoint
-
-from mann_ext.ops.lstm import lstm_scan
+from mann_ext.ops.coordinate_lstm import coordinate_lstm
+from mann_ext.reference import gradient_features
 
 __all__ = [
     "CoordinateLSTM",
@@ -32,11 +31,8 @@ __all__ = [
 
 Activation = Literal["relu"] | None
 
-CHUNK = 2048
-"""Coordinates that d takes at a time: T steps of its gates and cells stay in the cache."""
 CELLS = 4096
 """Of the table in which m finds the line of a coordinate."""
-E7 = math.exp(-7)
 
 
 class FastLinear(nn.Linear):
@@ -210,8 +206,7 @@ def preprocess_gradients(gradients: Tensor) -> Tensor:
     (log|g| / 7, sign g)   if |g| >= e^-7
     (-1, e^7 g)            else
     """
-    size = gradients.abs().clamp(min=E7).log() / 7
-    return torch.stack([size, (gradients / E7).clamp(-1, 1)], -1)
+    return gradient_features(gradients)
 
 
 class CoordinateMLP(nn.Module):
@@ -247,7 +242,7 @@ class CoordinateMLP(nn.Module):
         """Gradients (...) -> fast weights (...)."""
         flat = gradients.reshape(-1)
         # One variable for the three lines: t in [-1, 1] between them, (2 + log|g| / 7) sign g else.
-        t = (flat / E7).clamp(-1, 1) * (2 + flat.abs().clamp(min=E7).log() / 7)
+        t = (flat * math.exp(7)).clamp(-1, 1) * (2 + flat.abs().clamp(min=math.exp(-7)).log() / 7)
         bound = t.detach().abs().amax().item() + 1 if flat.numel() else 1.0
         if not math.isfinite(bound):
             return self.direct(gradients)
@@ -335,22 +330,7 @@ class CoordinateLSTM(nn.Module):
 
     def forward(self, gradients: Tensor) -> Tensor:
         """Gradients (T, P) -> fast weights (P,)."""
-        if not torch.is_grad_enabled() or gradients.shape[1] <= CHUNK:
-            return torch.cat([self.direct(part) for part in gradients.split(CHUNK, 1)])
-        # What a chunk saves for its backward pass is made again there: 600 numbers a coordinate.
-        parts = [
-            checkpoint(self.direct, part, use_reentrant=False, preserve_rng_state=False)
-            for part in gradients.split(CHUNK, 1)
-        ]
-        return torch.cat(parts)
-
-    def direct(self, gradients: Tensor) -> Tensor:
-        """The same, all coordinates at once."""
-        x = preprocess_gradients(gradients)
-        zeros = x.new_zeros(x.shape[1], self.lstm.hidden_size)
-        hidden = lstm_scan(x, zeros, zeros, *self.lstm.parameters()).h
-        made: Tensor = self.output(hidden)
-        return made.squeeze(-1)
+        return coordinate_lstm(gradients, *self.lstm.parameters(), *self.output.parameters())
 
 
 class MetaLearner(nn.Module):
@@ -364,18 +344,21 @@ class MetaLearner(nn.Module):
         super().__init__()
         self.convolution, self.linear = make(), make()
 
+    def of(self, weight: Tensor) -> nn.Module:
+        """The learner for fast weights of this shape."""
+        return self.linear if weight.dim() == 2 else self.convolution
+
     def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by name, each (S, *shape) -> fast weights by name, (S, *shape) or (*shape)."""
         made: dict[str, Tensor] = {}
-        for learner, rank in ((self.convolution, 5), (self.linear, 3)):
-            chosen = {name: g for name, g in gradients.items() if g.dim() == rank}
-            if not chosen:
-                continue
-            flat = torch.cat([g.flatten(1) for g in chosen.values()], 1)
-            sizes = [g[0].numel() for g in chosen.values()]
-            for (name, g), part in zip(chosen.items(), learner(flat).split(sizes, -1), strict=True):
-                made[name] = part.reshape(*part.shape[:-1], *g.shape[1:])
-        return made
+        for learner in (self.convolution, self.linear):
+            # All of a learner's coordinates at once: the smallest layers have a few hundred.
+            chosen = {n: g.flatten(1) for n, g in gradients.items() if self.of(g[0]) is learner}
+            if chosen:
+                sizes = [g.shape[1] for g in chosen.values()]
+                parts = learner(torch.cat(list(chosen.values()), 1)).split(sizes, -1)
+                made |= zip(chosen, parts, strict=True)
+        return {name: made[name].unflatten(-1, g.shape[1:]) for name, g in gradients.items()}
 
 
 def _checked_activation(module: str, activation: Activation) -> Activation:

@@ -261,10 +261,11 @@ class MetaNet(nn.Module):
                 raise TypeError(
                     f"MetaNet: expected {name} to be a tensor, got {type(images).__name__}"
                 )
-            if images.dim() != 4 or tuple(images.shape[1:]) != shape:
+            if images.dim() != 4 or tuple(images.shape[1:]) != shape or images.shape[0] == 0:
+                expected = ", ".join(map(str, shape))
                 raise ValueError(
-                    f"MetaNet: expected {name} of shape (images, {', '.join(map(str, shape))}), got "
-                    f"{tuple(images.shape)}"
+                    f"MetaNet: expected {name} of shape (images, {expected}), at least one image, "
+                    f"got {tuple(images.shape)}"
                 )
             if images.dtype != weight.dtype:
                 raise TypeError(
@@ -276,8 +277,6 @@ class MetaNet(nn.Module):
                     f"MetaNet: expected {name} on {weight.device}, got {images.device}; move it "
                     f"with .to({str(weight.device)!r})"
                 )
-        if support.shape[0] == 0:
-            raise ValueError("MetaNet: expected at least one support example, got none")
         if not isinstance(labels, Tensor) or labels.dtype != torch.long:
             found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(
