@@ -49,6 +49,10 @@ STABLE_TORCH_LIBRARY(mann_ext, m) {
       "Tensor gates, Tensor cells, bool need_x_grad) -> "
       "(Tensor grad_x, Tensor grad_h, Tensor grad_c, Tensor grad_weight_ih, "
       "Tensor grad_weight_hh, Tensor grad_bias)");
+  m.def("coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) -> Tensor");
+  m.def(
+      "coordinate_lstm_backward(Tensor grad_out, Tensor gradients, Tensor weights, "
+      "Tensor output) -> (Tensor grad_weights, Tensor grad_output)");
   m.def(
       "lstm_lrua_scan(Tensor x, Tensor h, Tensor c, Tensor reads, Tensor memory, "
       "Tensor read_weights, Tensor usage, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +75,39 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_curves(axes: Axes, records: list[dict[str, Any]], paper: dict[str, float]) -> None:
+def draw_tasks(run_dir: Path) -> Path | None:
+    """The same for tasks of support images and queries: accuracy by the number of classes."""
+    figure = _figure(7, 5)
+    if figure is None:
+        return None
+    records = read_metrics(run_dir)
+    ways = dict.fromkeys(name for record in records for name in record["accuracy"])
+    curves = dict(zip(ways, ("#3b6fb6", "#d95f02"), strict=False))
+    axes = figure.subplots()
+    draw_curves(axes, records, _paper(_results(run_dir)), curves, lambda name: f"{name}-way")
+    axes.set_title("Accuracy during training", fontsize=10)
+    return save(figure, run_dir / FIGURE)
+
+
+def draw_curves(
+    axes: Axes,
+    records: list[dict[str, Any]],
+    paper: dict[str, float],
+    curves: Mapping[str, str] = CURVES,
+    words: Callable[[str], str] = lambda instance: ordinal(int(instance)),
+) -> None:
     """Accuracy by instance against episodes: training classes thin, held-out classes thick, the
-    paper's figure as a dashed line."""
-    for instance, colour in CURVES.items():
-        label = ordinal(int(instance))
+    paper's figure as a dashed line.
+
+    Args:
+        axes: where to draw.
+        records: of metrics.jsonl.
+        paper: the paper's accuracies.
+        curves: the keys of the accuracies to draw, such as instances, and their colours.
+        words: what the legend calls a key.
+    """
+    for instance, colour in curves.items():
+        label = words(instance)
         for kind, style in (
             ("eval", {"linewidth": 1.8, "marker": "o", "markersize": 3.0}),
             ("train", {"linewidth": 0.8, "alpha": 0.45}),

@@ -372,7 +372,7 @@ def _load(run: Path) -> tuple[FewShot, torch.nn.Module, str]:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cpu"))
         task, model, name, progress = load_run(run, config)
         if not isinstance(task, FewShot):
-            raise ConfigError(f"{run} is a run of {name}; expected one that classifies images")
+            raise ConfigError(f"{run} is a run of {name}; expected a MANN that classifies images")
         return task, model, f"{name} after {progress.step:,} minibatches"
     try:
         pretrained = MANN.from_pretrained(str(run))

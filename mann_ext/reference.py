@@ -17,6 +17,7 @@ float32.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ __all__ = [
     "LRUATrace",
     "accumulation_dtype",
     "content_read",
+    "coordinate_lstm",
     "cosine_similarity",
     "fresh_state",
+    "gradient_features",
     "least_used_slots",
     "lrua_scan",
     "lrua_step",
@@ -478,3 +481,23 @@ def content_read(
     if mask is not None:
         weights = weights.masked_fill(~readable, 0.0)
     return weights @ values.to(queries.dtype), weights
+
+
+def gradient_features(gradients: Tensor) -> Tensor:
+    """g (...) -> (..., 2): (log|g| / 7, sign g) if |g| >= e^-7, else (-1, e^7 g)."""
+    size = gradients.abs().clamp(min=math.exp(-7)).log() / 7
+    return torch.stack([size, (gradients * math.exp(7)).clamp(-1, 1)], -1)
+
+
+def coordinate_lstm(
+    gradients: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor,
+    weight_out: Tensor, bias_out: Tensor,
+) -> Tensor:  # fmt: skip
+    """y = w_out h_T + b_out (P,) of an LSTM over the features of the gradients (T, P)."""
+    h = c = gradients.new_zeros(gradients.shape[1], weight_hh.shape[1])
+    for x in gradient_features(gradients).unbind():
+        gates = x @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    return (h @ weight_out.T + bias_out).squeeze(-1)

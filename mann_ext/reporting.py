@@ -113,7 +113,8 @@ class Reporter:
         """Report the metrics of the last minibatches, which ``summary`` tells in short."""
         self._write({"kind": "train", **record})
         line = f"minibatch {record['step']:,}  loss {record['loss']:.3f}  {summary}"
-        speed = f"{record['episodes_per_second']:,.0f} episodes/s  {clock(seconds_left)} left"
+        rate = record["episodes_per_second"]
+        speed = f"{rate:,.{0 if rate >= 10 else 1}f} episodes/s  {clock(seconds_left)} left"
         if self._bar:
             self._bar.update(fraction, line, speed)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:

@@ -21,7 +21,6 @@ from mann_ext.reporting import Table, clock, print_table
 
 COMMITTED = Path(__file__).resolve().parents[1] / "results"
 """Folder of the results that are kept with the sources."""
-README_MARKS = ("<!-- results -->", "<!-- /results -->")
 IN_README = ("santoro-table1", "santoro-table2")
 
 
@@ -123,7 +122,7 @@ def configured(run: Run, seed: int, folder: Path, options: ReproduceOptions) -> 
     """The configuration of a run with what the options change in it."""
     changes: dict[str, Any] = {
         "seed": seed,
-        "run_dir": folder / f"{run.name}-seed{seed}",
+        "run_dir": (options.runs or folder) / f"{run.name}-seed{seed}",
         "final_episodes": 0,  # measured by the experiment
         "tensorboard": False,
     }
@@ -132,9 +131,12 @@ def configured(run: Run, seed: int, folder: Path, options: ReproduceOptions) -> 
     if run.preset is not None and (options.minutes is not None or options.minibatches is not None):
         changes |= {"max_minutes": options.minutes, "minibatches": options.minibatches}
     config = replace(run.config, run=replace(run.config.run, **changes))
-    if hasattr(getattr(config, "episodes", None), "source"):
-        data = {"source": options.source, "data_root": options.data_root}
-        config = replace(config, episodes=replace(config.episodes, **data))
+    episodes: Any = getattr(config, "episodes", None)
+    if hasattr(episodes, "source"):
+        data: dict[str, Any] = {"data_root": options.data_root}
+        if options.source == "synthetic" or episodes.source == "auto":  # other data stays
+            data["source"] = options.source
+        config = replace(config, episodes=replace(episodes, **data))
     return config
 
 
@@ -227,23 +229,27 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def readme_block() -> str:
-    """What belongs between the marks in README.md: the kept results beside the paper's."""
-    from mann_ext.experiments.classification import compact
+def readme_blocks() -> dict[str, str]:
+    """What belongs between the marks of each name in README.md: the kept results beside the
+    papers'."""
+    from mann_ext.experiments import classification, metanet_results
 
     entries = [REPRODUCTIONS[name] for name in IN_README]
-    return compact(
-        {entry.name: stored(entry, COMMITTED / entry.name) for entry in entries}, entries
-    )
+    kept = {entry.name: stored(entry, COMMITTED / entry.name) for entry in entries}
+    metanet = REPRODUCTIONS["metanet-omniglot"]
+    return {
+        "results": classification.compact(kept, entries),
+        "metanet": metanet_results.compact(stored(metanet, COMMITTED / metanet.name), metanet),
+    }
 
 
-def split_readme(text: str) -> tuple[str, str, str]:
-    """What is before, between and after the marks.
+def split_readme(text: str, name: str = "results") -> tuple[str, str, str]:
+    """What is before, between and after the marks of this name.
 
     Raises:
         ConfigError: the marks are not there, once each and in order.
     """
-    start, end = README_MARKS
+    start, end = readme_marks(name)
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ConfigError(f"expected {start} and then {end}, once each, around the table")
     before, rest = text.split(start)
@@ -251,13 +257,23 @@ def split_readme(text: str) -> tuple[str, str, str]:
     return before, between, after
 
 
+def readme_marks(name: str) -> tuple[str, str]:
+    """Where a table begins and ends."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
 def write_readme(path: Path) -> None:
-    """Put `readme_block` between the marks of a Markdown file."""
+    """Put each of `readme_blocks` between its marks in a Markdown file; only those of "results"
+    have to be there."""
     from mann_ext.checkpoint import replace_file
 
-    before, _, after = split_readme(path.read_text())
-    start, end = README_MARKS
-    replace_file(path, f"{before}{start}\n{readme_block()}\n{end}{after}".encode())
+    text = path.read_text()
+    for name, block in readme_blocks().items():
+        start, end = readme_marks(name)
+        if name == "results" or start in text or end in text:
+            before, _, after = split_readme(text, name)
+            text = f"{before}{start}\n{block}\n{end}{after}"
+    replace_file(path, text.encode())
     print(f"results: {path}")
 
 

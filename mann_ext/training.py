@@ -235,7 +235,9 @@ class Loop:
         if self.processes.count > 1:
             on_gpu = self.task.device.type == "cuda"
             devices = [self.task.device.index] if on_gpu else None
-            network = DistributedDataParallel(network, device_ids=devices)
+            network = DistributedDataParallel(
+                network, device_ids=devices, find_unused_parameters=self.task.unused_parameters
+            )
         return torch.compile(network) if self.task.config.run.compile else network  # type: ignore
 
     def _spent(self) -> float:
@@ -338,7 +340,13 @@ def learning_rate(config: OptimiserConfig, step: int, spent: float) -> float:
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
-    """The optimiser that ``config`` describes."""
+    """The optimiser that ``config`` describes.
+
+    Raises:
+        ConfigError: the model has nothing to train.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model: {type(model).__name__} has no parameters to train")
     if config.optimiser == "adam":
         return torch.optim.AdamW(
             model.parameters(),

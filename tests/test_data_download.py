@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import io
 import socket
@@ -13,9 +14,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mann_ext.data.download as download_module
+import mann_ext.data.mnist as mnist_module
 import mann_ext.data.omniglot as omniglot_module
 from mann_ext import data
 from mann_ext.data.download import NetworkError, download
@@ -248,3 +251,23 @@ def test_omniglot_is_downloaded_into_the_root_and_read(server, tmp_path, monkeyp
     assert files_in(tmp_path / "data") == ["images_background.zip", "images_evaluation.zip"]
     server.shutdown()  # the second time needs no network
     assert data.load_characters(tmp_path / "data", allow_synthetic=False).names == found.names
+
+
+def test_mnist_is_downloaded_into_the_root_and_read(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist_module, "COUNTS", {"train": 2, "test": 1})
+    monkeypatch.setattr(mnist_module, "ADDRESS", closed_port())
+    with pytest.raises(data.DataError, match=r"MNIST was not found in .*refused.*MANN_EXT_DATA"):
+        data.MNIST(tmp_path)
+    images, labels = bytes([0, 0, 8, 3]), bytes([0, 0, 8, 1])
+    images += np.array([2, 28, 28], ">i4").tobytes() + bytes(2 * 28 * 28)
+    labels += np.array([2], ">i4").tobytes() + bytes([3, 7])
+    digests = {}
+    for name, content in zip(mnist_module.FILES["train"], (images, labels), strict=True):
+        server.files[f"{name}.gz"] = gzip.compress(content)
+        digests[name] = hashlib.md5(server.files[f"{name}.gz"]).hexdigest()
+    monkeypatch.setattr(mnist_module, "FILES", {"train": digests})
+    monkeypatch.setattr(mnist_module, "ADDRESS", server.url)
+    assert data.MNIST(tmp_path)[1].tolist() == [3, 7]
+    assert files_in(tmp_path) == [f"{name}.gz" for name in digests]
+    server.shutdown()  # the second time needs no network
+    assert data.MNIST(tmp_path)[1].tolist() == [3, 7]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mann_ext.experiments.config import ConfigError, to_json
-from mann_ext.experiments.few_shot import FewShot
+from mann_ext.experiments.config import ConfigError, ExperimentConfig, to_json
 from mann_ext.experiments.santoro import SantoroConfig
 from mann_ext.training import build_optimiser, train
+from tests.test_support_query import learner
 from tests.tiny_training import metrics_of, start, state_of, tiny
 
 SCRIPT = """
@@ -29,7 +29,7 @@ train(from_json(SantoroConfig, json.loads(sys.argv[1])), "tiny", resume=True)
 """
 
 
-def one_of_two(config: SantoroConfig, rank: int, port: int) -> None:
+def one_of_two(config: ExperimentConfig, rank: int, port: int) -> None:
     """What torchrun does in each of its processes, without the seconds it takes to start them."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in places.items()})
@@ -37,7 +37,7 @@ def one_of_two(config: SantoroConfig, rank: int, port: int) -> None:
     train(config, "tiny")
 
 
-def two_processes(config: SantoroConfig) -> None:
+def two_processes(config: ExperimentConfig) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -64,6 +64,21 @@ def torchrun(config: SantoroConfig, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def trained_by_two(config: ExperimentConfig, minibatches: int) -> dict[str, Tensor]:
+    """The weights after one process has trained with the mean gradient of two processes' tasks."""
+    tasks = [config.task(torch.device("cpu"), rank) for rank in range(2)]
+    torch.manual_seed(config.run.seed)
+    model = tasks[0].model()
+    optimiser = build_optimiser(model, config.optimiser)
+    for _ in range(minibatches):
+        optimiser.zero_grad()
+        loss = sum(task.loss(model, task.training_episodes.sample())[0] for task in tasks) / 2
+        loss.backward()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm)
+        optimiser.step()
+    return model.state_dict()
+
+
 def test_two_processes_average_the_gradients_of_different_episodes(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = tiny(run_dir, minibatches=4, log_every=2, eval_every=2, final_episodes=8)
@@ -72,19 +87,8 @@ def test_two_processes_average_the_gradients_of_different_episodes(tmp_path: Pat
     two_processes(replace(config, run=replace(config.run, minibatches=2)))
     torchrun(config, tmp_path)
 
-    tasks = [FewShot(config, torch.device("cpu"), rank) for rank in range(2)]
-    torch.manual_seed(config.run.seed)
-    model = tasks[0].model()
-    optimiser = build_optimiser(model, config.optimiser)
-    for _ in range(4):
-        optimiser.zero_grad()
-        loss = sum(task.loss(model, task.training_episodes.sample())[0] for task in tasks) / 2
-        loss.backward()  # type: ignore[union-attr]
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm)
-        optimiser.step()
-
     state = state_of(run_dir)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in trained_by_two(config, 4).items():
         torch.testing.assert_close(state["model"][name], tensor, rtol=1e-4, atol=1e-6)
     assert len(state["processes"]) == 2
     records = metrics_of(run_dir)
@@ -99,3 +103,15 @@ def test_two_processes_average_the_gradients_of_different_episodes(tmp_path: Pat
 
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
         train(config, "tiny", resume=True)
+
+
+def test_two_processes_train_a_metanet_with_parameters_that_get_no_gradient(
+    tmp_path: Path,
+) -> None:
+    run = {"run_dir": tmp_path, "minibatches": 3, "eval_every": 0, "final_episodes": 0}
+    config = learner("metanet", **run)
+    config = replace(config, optimiser=replace(config.optimiser, schedule="constant", warmup=0))
+    two_processes(config)
+    state = state_of(tmp_path)["model"]
+    for name, tensor in trained_by_two(config, 3).items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)

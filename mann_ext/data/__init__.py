@@ -1,4 +1,5 @@
-"""Data: Omniglot, synthetic glyphs where it is not there, few-shot episodes, and functions."""
+"""Data: Omniglot, MNIST, miniImageNet, synthetic glyphs where Omniglot is not there, few-shot
+episodes and tasks, and functions."""
 
 from mann_ext.data.characters import Characters, DataError, load_characters
 from mann_ext.data.episodes import IMAGE_SIZE, Episodes, EpisodeSampler
@@ -9,11 +10,17 @@ from mann_ext.data.functions import (
     GaussianProcessSampler,
     QuadraticSampler,
 )
+from mann_ext.data.images import permute_pixels, quarter_turns, shrink
+from mann_ext.data.mini_imagenet import LabelledImages, mini_imagenet
+from mann_ext.data.mnist import MNIST
 from mann_ext.data.omniglot import Omniglot, santoro_test_classes
+from mann_ext.data.one_shot_runs import OneShotRuns, one_shot_runs
 from mann_ext.data.synthetic import synthetic_characters
+from mann_ext.data.tasks import Tasks, TaskSampler
 
 __all__ = [
     "IMAGE_SIZE",
+    "MNIST",
     "Characters",
     "DataError",
     "EpisodeSampler",
@@ -22,9 +29,18 @@ __all__ = [
     "Functions",
     "GaussianProcess",
     "GaussianProcessSampler",
+    "LabelledImages",
     "Omniglot",
+    "OneShotRuns",
     "QuadraticSampler",
+    "TaskSampler",
+    "Tasks",
     "load_characters",
+    "mini_imagenet",
+    "one_shot_runs",
+    "permute_pixels",
+    "quarter_turns",
     "santoro_test_classes",
+    "shrink",
     "synthetic_characters",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ __all__ = ["SIDE", "TRAINING_CLASSES", "Characters", "DataError", "load_characte
 
 SIDE = 105
 TRAINING_CLASSES = 1200
+BACKGROUND_CLASSES = 964
 SPLIT_SEED = 2016
+Split = Literal["santoro", "background"]
 
 
 class DataError(RuntimeError):
@@ -46,23 +49,27 @@ class Characters:
         names = tuple(self.names[i] for i in classes.tolist())
         return Characters(self.images[classes], names, self.source)
 
-    def split(self) -> tuple[Characters, Characters]:
+    def split(self, kind: Split = "santoro") -> tuple[Characters, Characters]:
         """Training and test classes, disjoint.
 
-        1,200 of Omniglot's 1,623 classes are for training, as in Santoro et al. (2016), whose own
-        choice was not published: this one takes the classes, in their order in the data set, by
-        ``torch.randperm`` with the seed 2016 (``SPLIT_SEED``). Smaller sets keep the proportion.
+        "santoro": 1,200 of Omniglot's 1,623 classes are for training, as in Santoro et al. (2016),
+        whose own choice was not published: this one takes the classes, in their order in the data
+        set, by ``torch.randperm`` with the seed 2016 (``SPLIT_SEED``). "background": its first 964
+        classes are, those of the background set of Lake et al. (2015), whose evaluation set has
+        other alphabets. Smaller sets keep the proportion.
         """
-        training, test = split_classes(len(self.names))
+        training, test = split_classes(len(self.names), kind)
         return self.subset(training), self.subset(test)
 
 
-def split_classes(classes: int) -> tuple[Tensor, Tensor]:
+def split_classes(classes: int, kind: Split = "santoro") -> tuple[Tensor, Tensor]:
     """Indices of the classes for training and for testing (see `Characters.split`)."""
-    order = torch.randperm(classes, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    count = TRAINING_CLASSES
+    count = TRAINING_CLASSES if kind == "santoro" else BACKGROUND_CLASSES
     if classes <= count:
-        count = classes * TRAINING_CLASSES // 1623
+        count = classes * count // 1623
+    order = torch.arange(classes)
+    if kind == "santoro":
+        order = torch.randperm(classes, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return order[:count], order[count:]
 
 
@@ -72,7 +79,8 @@ def load_characters(root: Path | str | None = None, *, allow_synthetic: bool = T
     Raises:
         DataError: Omniglot is damaged, or absent while ``allow_synthetic`` is False.
     """
-    from mann_ext.data.omniglot import MissingDataError, Omniglot
+    from mann_ext.data.download import MissingDataError
+    from mann_ext.data.omniglot import Omniglot
     from mann_ext.data.synthetic import synthetic_characters
 
     try:

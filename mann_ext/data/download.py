@@ -1,4 +1,5 @@
-"""Downloads that go on where they broke off, are checked, and appear whole or not at all."""
+"""Where data is looked for, and downloads that go on where they broke off, are checked, and appear
+whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from mann_ext.data.characters import DataError
 
-__all__ = ["NetworkError", "download"]
+__all__ = ["MissingDataError", "NetworkError", "download", "not_found", "search_path"]
 
 CHUNK = 1 << 18
 TIMEOUT = 30  # seconds without a byte
@@ -22,6 +23,32 @@ TIMEOUT = 30  # seconds without a byte
 
 class NetworkError(DataError):
     """The network or the server failed; what has arrived is kept, to go on from."""
+
+
+class MissingDataError(DataError):
+    """Data was not found anywhere and could not be downloaded."""
+
+
+def search_path(root: Path | str | None) -> list[Path]:
+    """Where the data is looked for: ``root`` alone if given, else MANN_EXT_DATA, then the cache."""
+    if root is not None:
+        return [Path(root)]
+    places = [Path(os.environ["MANN_EXT_DATA"])] if os.environ.get("MANN_EXT_DATA") else []
+    return [*places, cache_folder()]
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for mann_ext."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mann_ext"
+
+
+def not_found(what: str, places: Iterable[Path], why: str, wanted: str) -> str:
+    """The message of a `MissingDataError`: ``wanted`` are the files to put there."""
+    return (
+        f"{what} was not found in {', '.join(map(str, places))}, and {why}. Put {wanted} into one "
+        "of these folders, or set MANN_EXT_DATA to where they are"
+    )
 
 
 def download(url: str, target: Path, md5: str) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mann_ext.data.characters import SIDE, Characters
+from mann_ext.data.sampling import ClassSampler
 
 __all__ = ["IMAGE_SIZE", "EpisodeSampler", "Episodes"]
 
@@ -48,7 +49,7 @@ class Episodes(NamedTuple):
     classes: Tensor
 
 
-class EpisodeSampler:
+class EpisodeSampler(ClassSampler):
     """Draws batches of N-way episodes, endlessly, from its own random numbers.
 
     Every episode draws N classes, a quarter turn for each class, and labels anew. Each step shows
@@ -120,23 +121,18 @@ class EpisodeSampler:
         if labels == "string" and most > LETTERS**LETTERS:
             raise ValueError(f"EpisodeSampler: {most} ways, but only {LETTERS**LETTERS} strings")
         images, class_of = _images_and_classes(characters)
-        numbers, counts = class_of.unique(return_counts=True)  # sorted
-        if len(numbers) < most:
+        super().__init__(class_of, seed, device)
+        if len(self._numbers) < most:
             raise ValueError(
-                f"EpisodeSampler: {most}-way episodes need as many classes, got {len(numbers)}"
+                f"EpisodeSampler: {most}-way episodes need as many classes, got "
+                f"{len(self._numbers)}"
             )
         self.batch_size, self.grow_every, self.ways_most = batch_size, grow_every, most
         self._first_ways, self._length = ways, length
         self._drawn = 0  # episodes
         self.labels, self.augment = labels, augment
-        self.device = torch.device(device)
-        self._numbers, self._counts = numbers.to(self.device), counts.to(self.device)
-        self._starts = self._counts.cumsum(0) - self._counts
-        self._most, fewest = int(counts.max()), int(counts.min())
-        self._equal = self._most == fewest
         self._bank = _bank(images, class_of).to(self.device)
         self._patterns = _patterns(augment).to(self.device)
-        self._generator = torch.Generator(self.device).manual_seed(seed)
 
     @property
     def ways(self) -> int:
@@ -162,51 +158,30 @@ class EpisodeSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coming batches depend on beside the arguments."""
-        state: dict[str, Any] = {"generator": self._generator.get_state()}
+        state = super().state_dict()
         return {**state, "drawn": self._drawn} if self.grow_every else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on, bit for bit, where the sampler that gave ``state`` was.
+        super().load_state_dict(state)
+        self._drawn = state.get("drawn", 0)
 
-        Raises:
-            ValueError: ``state`` is not from a sampler on the same kind of device; this sampler
-                is as it was.
-        """
-        generator, drawn = state.get("generator"), state.get("drawn", 0)
-        try:
-            if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
-                raise ValueError("it has no state of random numbers")
-            if self.grow_every and "drawn" not in state:
-                raise ValueError("it does not say how many episodes were drawn")
-            self._generator.set_state(generator.cpu())
-            self._drawn = drawn
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                "EpisodeSampler: expected the state_dict() of a sampler on a "
-                f"{self.device.type} device; this one cannot be used ({error})"
-            ) from error
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if self.grow_every and "drawn" not in state:
+            raise ValueError("it does not say how many episodes were drawn")
 
     def __iter__(self) -> Iterator[Episodes]:
         while True:
             yield self.sample()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": self._generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        generator = torch.Generator(state["device"])
-        generator.set_state(state["_generator"])
-        self.__dict__.update(state, _generator=generator)
-
     def sample(self) -> Episodes:
         """The next batch."""
         batch, steps, ways = self.batch_size, self.length, self.ways
-        chosen = self._uniform(batch, len(self._numbers)).topk(ways).indices
+        chosen = self._choose(batch, ways)
         turns = self._integers(4, batch, ways)
         shown = self._integers(ways, steps, batch)  # which of the episode's classes
         one_hot = F.one_hot(shown, self.ways_most)
         instances = one_hot.cumsum(0).gather(2, shown.unsqueeze(-1)).squeeze(-1)
-        orders = self._orders(chosen)
+        orders = self._orders(chosen, steps)
         row = torch.arange(batch, device=self.device)
         classes = chosen[row, shown]
         place = (instances - 1) % self._counts[classes]
@@ -218,22 +193,6 @@ class EpisodeSampler:
         inputs[1:, :, IMAGE_SIZE**2 :] = labels[:-1]
         self._drawn += batch
         return Episodes(inputs, targets, instances, self._numbers[classes])
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._generator, device=self.device)
-
-    def _integers(self, end: int, *shape: int) -> Tensor:
-        return torch.randint(end, shape, generator=self._generator, device=self.device)
-
-    def _orders(self, chosen: Tensor) -> Tensor:
-        """A random order of the drawings of each class (B, N), (B, N, those that may be needed)."""
-        ranks = self._uniform(*chosen.shape, self._most)
-        if not self._equal:  # drawings that a class has not got come last
-            missing = torch.arange(self._most, device=self.device) >= self._counts[chosen, None]
-            ranks.masked_fill_(missing, 2)
-        if self._most > self.length:
-            return ranks.topk(self.length, largest=False).indices
-        return ranks.argsort(-1)
 
     def _draw(self, images: Tensor, index: Tensor, turns: Tensor) -> None:
         """Write drawings ``index`` (T, B), each with its quarter turns, to ``images``."""

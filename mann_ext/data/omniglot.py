@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from mann_ext.data.characters import SIDE, Characters, DataError, split_classes
-from mann_ext.data.download import NetworkError, download
+from mann_ext.data.download import MissingDataError, NetworkError, download, not_found, search_path
 
-__all__ = ["MissingDataError", "Omniglot", "santoro_test_classes"]
+__all__ = ["Omniglot", "santoro_test_classes"]
 
 CLASSES = 1623
 DRAWINGS = 20
@@ -29,24 +27,6 @@ ADDRESS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/
 
 # images_background/Alphabet_of_the_Magi/character01/0709_01.png: class 709, drawing 1.
 _IMAGE = re.compile(r"images_(?:background|evaluation)/([^/]+/[^/]+)/(\d{4})_(\d\d)\.png")
-
-
-class MissingDataError(DataError):
-    """Omniglot was not found anywhere and could not be downloaded."""
-
-
-def search_path(root: Path | str | None) -> list[Path]:
-    """Where the data is looked for: ``root`` alone if given, else MANN_EXT_DATA, then the cache."""
-    if root is not None:
-        return [Path(root)]
-    places = [Path(os.environ["MANN_EXT_DATA"])] if os.environ.get("MANN_EXT_DATA") else []
-    return [*places, cache_folder()]
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for mann_ext."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mann_ext"
 
 
 def Omniglot(root: Path | str | None = None, *, download: bool = True) -> Characters:
@@ -96,13 +76,9 @@ def _download_to(places: list[Path]) -> None:
         raise MissingDataError(_not_found(places, str(error))) from error
 
 
-def _not_found(places: Iterable[Path], why: str) -> str:
-    looked = ", ".join(map(str, places))
-    return (
-        f"Omniglot was not found in {looked}, and {why}. Put omniglot.npz, the folder omniglot-py, "
-        "or images_background.zip and images_evaluation.zip into one of these folders, or set "
-        "MANN_EXT_DATA to where they are"
-    )
+def _not_found(places: list[Path], why: str) -> str:
+    wanted = "omniglot.npz, the folder omniglot-py, or images_background.zip and"
+    return not_found("Omniglot", places, why, f"{wanted} images_evaluation.zip")
 
 
 def _load_from(place: Path) -> Characters | None:
@@ -186,12 +162,12 @@ def _decode(base: Path, files: dict[str, bytes]) -> Characters:
     images = np.empty((CLASSES * DRAWINGS, SIDE, SIDE), np.uint8)
     for row, key in enumerate(wanted):
         name = found[key][1]
-        images[row] = _pixels(base / name, files[name])
+        images[row] = read_png(base / name, files[name])
     shaped = torch.from_numpy(images).view(CLASSES, DRAWINGS, SIDE, SIDE)
     return Characters(shaped, tuple(found[i, 1][0] for i in range(1, CLASSES + 1)), "Omniglot")
 
 
-def _pixels(path: Path, data: bytes) -> NDArray[np.bool_]:
+def read_png(path: Path, data: bytes) -> NDArray[np.bool_]:
     """The image in a PNG file, True = ink."""
     try:
         from PIL import Image

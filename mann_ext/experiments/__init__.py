@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mann_ext.experiments import function_reproductions, functions, santoro, santoro_reproductions
+from mann_ext.experiments import (
+    function_reproductions,
+    functions,
+    metanet_reproductions,
+    santoro,
+    santoro_reproductions,
+    support_query,
+)
 from mann_ext.experiments.config import ConfigError, ExperimentConfig, from_json
 from mann_ext.experiments.functions import QuadraticsConfig, RegressionConfig
 from mann_ext.experiments.reproduction import Reproduction
 from mann_ext.experiments.santoro import SantoroConfig
+from mann_ext.experiments.support_query import SupportQueryConfig
 
 EXPERIMENTS: dict[str, type[ExperimentConfig]] = {
-    config.name: config for config in (SantoroConfig, RegressionConfig, QuadraticsConfig)
+    config.name: config
+    for config in (SantoroConfig, RegressionConfig, QuadraticsConfig, SupportQueryConfig)
 }
-PRESETS: dict[str, tuple[ExperimentConfig, str]] = {**santoro.PRESETS, **functions.PRESETS}
+PRESETS: dict[str, tuple[ExperimentConfig, str]] = {
+    **santoro.PRESETS,
+    **functions.PRESETS,
+    **support_query.PRESETS,
+}
 
 _ALL = (
     santoro_reproductions.TABLE_1,
@@ -24,6 +37,7 @@ _ALL = (
     santoro_reproductions.ABLATION,
     function_reproductions.REGRESSION,
     function_reproductions.QUADRATIC,
+    *metanet_reproductions.REPRODUCTIONS,
 )
 REPRODUCTIONS: dict[str, Reproduction] = {reproduction.name: reproduction for reproduction in _ALL}
 
@@ -36,6 +50,7 @@ __all__ = [
     "QuadraticsConfig",
     "RegressionConfig",
     "SantoroConfig",
+    "SupportQueryConfig",
     "preset",
     "saved_config",
 ]

@@ -26,6 +26,7 @@ from mann_ext.experiments.santoro import (
     paper_name,
     paper_rows,
 )
+from mann_ext.experiments.support_query import TasksConfig
 from mann_ext.memory import LRUAMemoryTrace
 from mann_ext.reporting import Table, ordinal
 
@@ -96,6 +97,7 @@ class FewShot:
 
     columns = INSTANCES
     held_out = "held-out classes"
+    unused_parameters = False
 
     def __init__(self, config: SantoroConfig, device: torch.device, rank: int = 0) -> None:
         self.config = config
@@ -326,7 +328,7 @@ def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Mo
     )
 
 
-def load_data(config: EpisodesConfig) -> Characters:
+def load_data(config: EpisodesConfig | TasksConfig) -> Characters:
     """The characters that episodes are made from."""
     if config.source == "synthetic":
         return data.synthetic_characters(config.synthetic_classes)

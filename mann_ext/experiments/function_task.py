@@ -42,6 +42,7 @@ class FunctionTask:
     outputs: int
     """Numbers that the model says about a value."""
     held_out = "never-seen functions"
+    unused_parameters = False
     data_name: str
 
     def __init__(self, config: ExperimentConfig, device: torch.device, rank: int = 0) -> None:

@@ -86,6 +86,23 @@ def predictions(features: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
         features: (T, F).
         labels: (T,) integers from 0.
     """
+    found = np.full_like(labels, NOTHING)
+    for t in range(1, len(labels)):
+        found[t] = nearest(features[:t], labels[:t], features[t : t + 1])[0]
+    return found
+
+
+def nearest(points: NDArray[Any], labels: NDArray[Any], queries: NDArray[Any]) -> NDArray[Any]:
+    """The label of the nearest point (Euclidean) to each query.
+
+    Args:
+        points: (T, F).
+        labels: (T,) integers.
+        queries: (Q, F).
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
     try:
         from sklearn import config_context
         from sklearn.neighbors import KNeighborsClassifier
@@ -93,15 +110,12 @@ def predictions(features: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
         raise ConfigError(
             "nearest neighbours need scikit-learn: pip install 'mann_ext[baselines]'"
         ) from None
-    found = np.full_like(labels, NOTHING)
-    nearest = KNeighborsClassifier(n_neighbors=1, algorithm="brute")
     settings = config_context(assume_finite=True, skip_parameter_validation=True)
     with settings, warnings.catch_warnings():
         # Many labels among few points look like a regression to scikit-learn.
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        for t in range(1, len(labels)):
-            nearest.fit(features[:t], labels[:t])
-            found[t] = nearest.predict(features[t : t + 1])[0]
+        classifier = KNeighborsClassifier(n_neighbors=1, algorithm="brute")
+        found: NDArray[Any] = classifier.fit(points, labels).predict(queries)
     return found
 
 

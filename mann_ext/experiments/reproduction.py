@@ -114,12 +114,16 @@ class ReproduceOptions:
     out: Path | None = None
     """Folder of the results and of the training runs. Default: runs/reproduce/NAME, or NAME-kept
     with --from-results."""
+    runs: Path | None = None
+    """Folder of the training runs alone; reproductions that measure the same models differently,
+    as those of MetaNet do, share them there."""
     page: Path | None = None
     """Also write the page of tables to this Markdown file, and the figures beside it."""
     from_results: bool = False
     """Show the committed results instead, without training or measuring."""
     source: Literal["omniglot", "synthetic"] = "omniglot"
-    """Characters to train and to measure on; only Omniglot compares with the paper."""
+    """Characters to train and to measure on, where the row has those; only Omniglot compares with
+    the paper."""
     data_root: Path | None = None
     """Folder of the data; by default MANN_EXT_DATA, then the user's cache folder."""
 

@@ -128,7 +128,14 @@ class EvalOptions:
     """Least number of episodes."""
     batch_size: int | None = None
     ways: int | None = None
-    """Classes an episode; only models of string labels know more than they were trained with."""
+    """Classes an episode; only models of string labels know more than they were trained with. Of
+    tasks of support images and queries, change test_ways."""
+    test_ways: int | None = None
+    """Classes of a task of support images and queries; any number fits a trained model."""
+    shots: int | None = None
+    """Support images of each class of such a task."""
+    queries: int | None = None
+    """Queries of each class of such a task."""
     ways_most: int | None = None
     """The same, for models trained with a curriculum."""
     length: int | None = None

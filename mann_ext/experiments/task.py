@@ -35,6 +35,8 @@ class Task(Protocol):
     """What the episodes are made from."""
     held_out: str
     """What the model is evaluated on, such as "held-out classes"."""
+    unused_parameters: bool
+    """Whether some parameters get no gradient, for which several processes have to look."""
 
     @property
     def config(self) -> ExperimentConfig: ...

@@ -1,6 +1,7 @@
 """The operators: documented, differentiable functions, native where there is a kernel."""
 
 from mann_ext.ops.content import ContentRead, content_read
+from mann_ext.ops.coordinate_lstm import coordinate_lstm
 from mann_ext.ops.lrua import HISTORY_BUDGET, LRUAScanOutput, lrua_scan, lrua_step
 from mann_ext.ops.lstm import LSTMScanOutput, lstm_scan
 from mann_ext.ops.lstm_lrua import LSTMLRUAScanOutput, lstm_lrua_scan
@@ -14,6 +15,7 @@ __all__ = [
     "LSTMScanOutput",
     "NTMScanOutput",
     "content_read",
+    "coordinate_lstm",
     "lrua_scan",
     "lrua_step",
     "lstm_lrua_scan",

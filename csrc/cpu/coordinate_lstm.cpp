@@ -1,0 +1,129 @@
+// coordinate_lstm on the CPU: allocation, choice of instruction set, and threads.
+#include "cpu/coordinate_lstm.h"
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/driver.h"
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace mann_ext::coordinate_lstm {
+namespace {
+
+using lrua::Workspace;
+
+const Kernels& kernels(ScalarType dtype) {
+  const bool float64 = dtype == ScalarType::Double;
+#if defined(__x86_64__)
+  if (current_isa() == Isa::avx512) return avx512::coordinate_lstm_kernels(float64);
+  if (current_isa() == Isa::avx2) return avx2::coordinate_lstm_kernels(float64);
+#endif
+  return baseline::coordinate_lstm_kernels(float64);
+}
+
+void check_inputs(const char* op, const Tensor& gradients, const Tensor& weights,
+                  const Tensor& output) {
+  const ScalarType dtype = gradients.scalar_type();
+  require(gradients.dim() == 2 && output.dim() == 1 && output.size(0) > 1,
+          std::string(op) + ": expected gradients (T, P) and output (H + 1)");
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double,
+          std::string(op) + ": gradients must be float32 or float64");
+  const int64_t H = output.size(0) - 1;
+  require(gradients.is_contiguous(), std::string(op) + ": gradients must be contiguous");
+  check_tensor(op, "weights", weights, {4 * H, H + kExtra}, dtype);
+  check_tensor(op, "output", output, {H + 1}, dtype);
+}
+
+struct Packed {
+  Packed(const Kernels& k, int64_t hidden, int64_t partial_bytes)
+      : of_units(weight_gradients(hidden) * k.bytes),
+        of_state(4 * hidden * padded(hidden) * k.bytes),
+        workspace({of_units, of_state, partial_bytes}) {
+    units = workspace.take(of_units);
+    state = workspace.take(of_state);
+    partial = static_cast<double*>(workspace.take(partial_bytes));
+  }
+  int64_t of_units, of_state;
+  Workspace workspace;
+  void *units, *state;
+  double* partial;
+};
+
+Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
+  check_inputs("coordinate_lstm", gradients, weights, output);
+  const ScalarType dtype = gradients.scalar_type();
+  const int64_t T = gradients.size(0), P = gradients.size(1), H = output.size(0) - 1;
+  Tensor out = new_tensor(gradients, {P}, dtype);
+  const Kernels& k = kernels(dtype);
+  const Packed packed(k, H, 0);
+  k.pack(H, weights.const_data_ptr(), packed.units, packed.state);
+  const Arguments s{T,
+                    P,
+                    H,
+                    gradients.const_data_ptr(),
+                    packed.units,
+                    packed.state,
+                    output.const_data_ptr(),
+                    nullptr,
+                    out.mutable_data_ptr(),
+                    nullptr};
+  parallel((P + kChunk - 1) / kChunk, [&](int64_t first, int64_t end) {
+    const lrua::Scratch room = lrua::allocate(k.room(T, H, false) * k.bytes);
+    k.forward(s, room.get(), first, end);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor gradients,
+                                                    Tensor weights, Tensor output) {
+  constexpr const char* op = "coordinate_lstm_backward";
+  check_inputs(op, gradients, weights, output);
+  const ScalarType dtype = gradients.scalar_type();
+  const int64_t T = gradients.size(0), P = gradients.size(1), H = output.size(0) - 1;
+  check_tensor(op, "grad_out", grad_out, {P}, dtype);
+  Tensor grad_weights = new_tensor(gradients, {4 * H, H + kExtra}, dtype);
+  Tensor grad_output = new_tensor(gradients, {H + 1}, dtype);
+  const Kernels& k = kernels(dtype);
+  const int64_t chunks = (P + kChunk - 1) / kChunk, size = partial_size(H);
+  const Packed packed(k, H, chunks * size * static_cast<int64_t>(sizeof(double)));
+  k.pack(H, weights.const_data_ptr(), packed.units, packed.state);
+  const Arguments s{T,
+                    P,
+                    H,
+                    gradients.const_data_ptr(),
+                    packed.units,
+                    packed.state,
+                    output.const_data_ptr(),
+                    grad_out.const_data_ptr(),
+                    nullptr,
+                    packed.partial};
+  parallel(chunks, [&](int64_t first, int64_t end) {
+    const lrua::Scratch room = lrua::allocate(k.room(T, H, true) * k.bytes);
+    k.backward(s, room.get(), first, end);
+  });
+  // In the order of the chunks, so that the sums do not depend on the threads.
+  std::vector<double> sums(static_cast<size_t>(size), 0.0);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < size; ++i)
+      sums[static_cast<size_t>(i)] += packed.partial[chunk * size + i];
+  const auto split = sums.begin() + weight_gradients(H);
+  if (dtype == ScalarType::Double) {
+    std::copy(sums.begin(), split, static_cast<double*>(grad_weights.mutable_data_ptr()));
+    std::copy(split, sums.end(), static_cast<double*>(grad_output.mutable_data_ptr()));
+  } else {
+    std::copy(sums.begin(), split, static_cast<float*>(grad_weights.mutable_data_ptr()));
+    std::copy(split, sums.end(), static_cast<float*>(grad_output.mutable_data_ptr()));
+  }
+  return {grad_weights, grad_output};
+}
+
+}  // namespace
+}  // namespace mann_ext::coordinate_lstm
+
+STABLE_TORCH_LIBRARY_IMPL(mann_ext, CPU, m) {
+  m.impl("coordinate_lstm", TORCH_BOX(&mann_ext::coordinate_lstm::coordinate_lstm));
+  m.impl("coordinate_lstm_backward",
+         TORCH_BOX(&mann_ext::coordinate_lstm::coordinate_lstm_backward));
+}
