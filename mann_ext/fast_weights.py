@@ -272,7 +272,7 @@ class CoordinateMLP(nn.Module):
 
     def _run(self, x: Tensor, layers: int) -> Tensor:
         """The first layers, in float64: slopes are differences of nearby values."""
-        for layer in self.layers[:layers]:
+        for layer in list(self.layers)[:layers]:
             if isinstance(layer, nn.Linear):
                 x = F.linear(x, layer.weight.double(), layer.bias.double())
             else:
