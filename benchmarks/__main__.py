@@ -11,7 +11,7 @@ from benchmarks import measure
 
 
 def main(
-    name: Annotated[Literal["lrua", "ntm", "drift", "scaling"], tyro.conf.Positional],
+    name: Annotated[Literal["lrua", "ntm", "metanet", "drift", "scaling"], tyro.conf.Positional],
     json: Path | None = None,
     repeats: int = 15,
     compile_steps: int = 0,
@@ -22,8 +22,9 @@ def main(
 
     Args:
         name: lrua (speed and memory against opponents and floors), ntm (speed against the
-            reference and eager PyTorch), drift (exactness of rollback) or scaling (time and memory
-            by number of slots; --json also draws a figure beside it).
+            reference and eager PyTorch), metanet (a training step against a loop over examples),
+            drift (exactness of rollback) or scaling (time and memory by number of slots; --json
+            also draws a figure beside it).
         json: also write the results to this file.
         repeats: timed runs of each contender, after two warm-up runs.
         compile_steps: also compile the eager scan with torch.compile at this length (minutes).
@@ -42,6 +43,11 @@ def main(
 
         report = ntm.run(repeats)
         ntm.show(report)
+    elif name == "metanet":
+        from benchmarks import metanet
+
+        report = metanet.run(repeats)
+        metanet.show(report)
     elif name == "scaling":
         from benchmarks import scaling
 

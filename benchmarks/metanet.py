@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import measure
+from mann_ext import ops
 from mann_ext.fast_weights import FastConv2d, FastLinear, FastSequential, preprocess_gradients
 from mann_ext.models import MetaNet
 
@@ -65,7 +67,7 @@ def task_weights(
 
 
 def looped_logits(model: MetaNet, support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-    """The model as one would first write it: every example by itself, and everything in autograd."""
+    """The model as one would first write it: every example by itself, autograd for everything."""
     gradients, losses = support_gradients(model.base, support, labels)
     memory = []
     for example in gradients:
@@ -95,22 +97,24 @@ def looped_logits(model: MetaNet, support: Tensor, labels: Tensor, queries: Tens
     return torch.stack(logits)
 
 
-def task(ways: int, shots: int = 1, queries: int = QUERIES) -> tuple[Tensor, ...]:
+def task(ways: int, shots: int = 1) -> tuple[Tensor, ...]:
     """Random images: support, labels, queries and their labels."""
     torch.manual_seed(0)
     labels = torch.arange(ways).repeat_interleave(shots)
-    query_labels = torch.arange(ways).repeat_interleave(queries)
+    query_labels = torch.arange(ways).repeat_interleave(QUERIES)
     return (
-        torch.rand(ways * shots, 1, 28, 28), labels,
-        torch.rand(ways * queries, 1, 28, 28), query_labels,
+        torch.rand(len(labels), 1, 28, 28), labels,
+        torch.rand(len(query_labels), 1, 28, 28), query_labels,
     )  # fmt: skip
 
 
-def training_step(ways: int, variant: Any = "metanet", looped: bool = False) -> Callable[[], float]:
+def training_step(
+    ways: int, variant: Any = "metanet", looped: bool = False, shots: int = 1
+) -> Callable[[], float]:
     """Forward and backward of one task; gives the loss."""
     torch.manual_seed(1)
     model = MetaNet(ways, variant)
-    support, labels, queries, query_labels = task(ways)
+    support, labels, queries, query_labels = task(ways, shots)
 
     def step() -> float:
         model.zero_grad()
@@ -120,3 +124,115 @@ def training_step(ways: int, variant: Any = "metanet", looped: bool = False) -> 
         return loss.item()
 
     return step
+
+
+def backward(run: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Forward and backward of a part of the step."""
+    with torch.no_grad():
+        grad = torch.randn_like(run())
+    return lambda: torch.autograd.grad(run(), inputs, grad)
+
+
+def read_contenders(ways: int, width: int) -> dict[str, Callable[[], object]]:
+    """The fast weights of all queries: scores and a matrix product, or one fused read."""
+    keys, queries, values = (
+        torch.randn(*shape, requires_grad=True)
+        for shape in ((ways, 64), (ways * QUERIES, 64), (ways, width))
+    )
+    inputs = (keys, queries, values)
+    return {
+        "product": backward(lambda: ops.content_read(queries, keys).weights @ values, inputs),
+        "fused": backward(lambda: ops.content_read(queries, keys, values).reads, inputs),
+    }
+
+
+def convolution_contenders(channels: int, side: int) -> dict[str, Callable[[], object]]:
+    """A convolution of 50 queries by fast weights mixed from 5: mixed first or last."""
+    x = torch.randn(50, channels, side, side, requires_grad=True)
+    stored = torch.randn(5, 64, channels, 3, 3, requires_grad=True)
+    weights = torch.rand(50, 5).softmax(-1).requires_grad_()
+
+    def mixed() -> Tensor:
+        return (weights @ stored.flatten(1)).view(-1, *stored.shape[1:])
+
+    def grouped() -> Tensor:
+        out = F.conv2d(x.reshape(1, -1, side, side), mixed().flatten(0, 1), padding=1, groups=50)
+        return out.view(50, 64, side, side)
+
+    def unfolded() -> Tensor:
+        patches = F.unfold(x, 3, padding=1)
+        return torch.bmm(mixed().view(50, 64, -1), patches).view(50, 64, side, side)
+
+    def mixed_last() -> Tensor:
+        out = F.conv2d(x, stored.flatten(0, 1), padding=1).unflatten(1, (5, 64))
+        return torch.einsum("qs,qschw->qchw", weights, out)
+
+    inputs = (x, stored, weights)
+    forms = {"grouped": grouped, "unfolded": unfolded, "mixed last": mixed_last}
+    return {name: backward(form, inputs) for name, form in forms.items()}
+
+
+def peak_mebibytes(shots: int, looped: bool) -> float:
+    """What a 5-way training step adds in a fresh process."""
+    code = (
+        "from benchmarks import metanet\n"
+        "torch.set_num_threads(1)\n"
+        f"metanet.training_step(5, shots={shots}, looped={looped})()"
+    )
+    return measure.peak_memory(code) / 2**20
+
+
+def run(repeats: int = 15, threads: int = 2) -> dict[str, Any]:
+    """Training steps against the loop, parts of the step in other forms, and peak memory."""
+    rows: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    before = torch.get_num_threads()
+    try:
+        for count in sorted({1, threads}):
+            torch.set_num_threads(count)
+            for ways, variant in ((5, "metanet"), (5, "minus"), (5, "plus"), (20, "metanet")):
+                steps = {
+                    "native": training_step(ways, variant),
+                    "loop": training_step(ways, variant, looped=True),
+                }
+                losses = {name: step() for name, step in steps.items()}
+                timed = measure.side_by_side(steps, min(repeats, 5), 1)
+                what = f"{ways}-way 1-shot training step, {variant}"
+                rows.append({"what": what, "threads": count, "losses": losses, **timed})
+            cases = {
+                f"read, {ways}-way, values of {width:,}": read_contenders(ways, width)
+                for ways in (5, 20) for width in (4096, 147456)
+            }  # fmt: skip
+            for channels, side in ((1, 28), (64, 14), (64, 7), (64, 4), (64, 2)):
+                what = f"convolution, {channels} channels, {side} x {side}"
+                cases[what] = convolution_contenders(channels, side)
+            for what, contenders in cases.items():
+                timed = measure.side_by_side(contenders, repeats, 1)
+                parts.append({"what": what, "threads": count, **timed})
+    finally:
+        torch.set_num_threads(before)
+    memory = [
+        {"shots": shots, **{n: peak_mebibytes(shots, n == "loop") for n in ("native", "loop")}}
+        for shots in (1, 2, 4)
+    ]
+    return {"machine": measure.machine(), "rows": rows, "parts": parts, "memory": memory}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the rows as tables."""
+    table = []
+    for row in report["rows"]:
+        native, loop = row["native"]["median_ms"], row["loop"]["median_ms"]
+        gap = abs(row["losses"]["native"] - row["losses"]["loop"])
+        table.append([row["what"], row["threads"], native, loop, f"{loop / native:.2f}x", gap])
+    columns = ["what", "threads", "ms", "loop ms", "loop / ours", "difference of the losses"]
+    measure.print_table("MetaNet", columns, table)
+    table = []
+    for row in report["parts"]:
+        times = {n: t["median_ms"] for n, t in row.items() if isinstance(t, dict)}
+        table.append(
+            [row["what"], row["threads"], ", ".join(f"{n} {t:.3g}" for n, t in times.items())]
+        )
+    measure.print_table("Parts, forward + backward", ["what", "threads", "ms"], table)
+    table = [[row["shots"], row["native"], row["loop"]] for row in report["memory"]]
+    measure.print_table("Peak memory, 5-way", ["shots", "MiB", "loop MiB"], table)

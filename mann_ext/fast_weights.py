@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ class FastSequential(nn.Sequential):
         """Names and slow weights of the layers that can be augmented."""
         for name, layer in self.named_children():
             if isinstance(layer, (FastLinear, FastConv2d)):
-                yield f"{name}.weight", layer.weight
+                yield f"{name}.weight", cast(nn.Parameter, layer.weight)
 
 
 def example_gradients(
@@ -213,10 +213,10 @@ class CoordinateMLP(nn.Module):
     """m, which makes an example-level fast weight of each coordinate of a gradient.
 
     2 -> H -> H -> 1 with ReLU, of the two numbers of :func:`preprocess_gradients`. These lie on
-    three lines (g < -e^-7, g > e^-7, and between), and on a line such a network is a function of one variable, linear
-    but for some tens of kinks. So it is evaluated at two points of each linear piece, and a
-    coordinate costs finding its piece and one multiplication: values and gradients are the
-    network's to rounding, and nothing of H numbers a coordinate is ever made.
+    three lines (g < -e^-7, g > e^-7, and between), and on a line such a network is a function of
+    one variable, linear but for some tens of kinks. So it is evaluated at two points of each linear
+    piece, and a coordinate costs finding its piece and one multiplication: values and gradients are
+    the network's to rounding, and nothing of H numbers a coordinate is ever made.
 
     Args:
         hidden_size: H.
@@ -237,6 +237,14 @@ class CoordinateMLP(nn.Module):
             nn.Linear(hidden_size, hidden_size, **factory), nn.ReLU(),
             nn.Linear(hidden_size, 1, **factory),
         )  # fmt: skip
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear``, but for the output: small, and no bias."""
+        for layer in self.layers.children():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+        _start_small(self.layers[-1])
 
     def forward(self, gradients: Tensor) -> Tensor:
         """Gradients (...) -> fast weights (...)."""
@@ -264,7 +272,7 @@ class CoordinateMLP(nn.Module):
 
     def _run(self, x: Tensor, layers: int) -> Tensor:
         """The first layers, in float64: slopes are differences of nearby values."""
-        for layer in self.layers[:layers]:
+        for layer in list(self.layers)[:layers]:
             if isinstance(layer, nn.Linear):
                 x = F.linear(x, layer.weight.double(), layer.bias.double())
             else:
@@ -274,7 +282,7 @@ class CoordinateMLP(nn.Module):
     @torch.no_grad()
     def _knots(self, bound: float) -> Tensor:
         """Where the network may bend, from -bound to bound, in order."""
-        device = self.layers[0].weight.device
+        device = next(self.parameters()).device
         knots = torch.tensor([-bound, -1, 1, bound], dtype=torch.float64, device=device)
         for layers in (1, 3):  # between its knots a unit's input is linear and crosses 0 once
             x = self._run(_curve(knots), layers)
@@ -327,10 +335,29 @@ class CoordinateLSTM(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lstm = nn.LSTM(2, hidden_size, **factory)
         self.output = nn.Linear(hidden_size, 1, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.LSTM`` and ``nn.Linear``, but for the output: small, and no bias."""
+        self.lstm.reset_parameters()
+        self.output.reset_parameters()
+        _start_small(self.output)
 
     def forward(self, gradients: Tensor) -> Tensor:
         """Gradients (T, P) -> fast weights (P,)."""
         return coordinate_lstm(gradients, *self.lstm.parameters(), *self.output.parameters())
+
+
+@torch.no_grad()
+def _start_small(output: nn.Module) -> None:
+    """An output layer of fast weights much smaller than slow ones.
+
+    The part that all coordinates have in common counts: with 0.1 in every weight of a filter bank,
+    each of the five convolutions would multiply its input by tens.
+    """
+    assert isinstance(output, nn.Linear)
+    output.weight.mul_(0.01)
+    output.bias.zero_()
 
 
 class MetaLearner(nn.Module):
@@ -343,6 +370,11 @@ class MetaLearner(nn.Module):
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.convolution, self.linear = make(), make()
+
+    def reset_parameters(self) -> None:
+        """New random weights."""
+        for learner in (self.convolution, self.linear):
+            cast(Any, learner).reset_parameters()
 
     def of(self, weight: Tensor) -> nn.Module:
         """The learner for fast weights of this shape."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import measure, ntm, scaling, workloads
+from benchmarks import measure, metanet, ntm, scaling, workloads
 from benchmarks.eager import eager_scan
 from mann_ext import ops, reference
 from mann_ext.models import MANN
@@ -30,6 +30,17 @@ def test_the_eager_ntm_is_the_reference():
     expected = reference.ntm_scan(*inputs)[0]
     torch.testing.assert_close(ntm.eager_scan(*inputs), expected)
     torch.testing.assert_close(ops.ntm_scan(*inputs).reads, expected)
+
+
+def test_the_looped_metanet_is_the_model():
+    losses = [metanet.training_step(2, looped=looped)() for looped in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_forms_of_the_parts_of_metanet_agree():
+    for contenders in (metanet.read_contenders(3, 50), metanet.convolution_contenders(2, 4)):
+        torch.manual_seed(0)
+        assert all(len(run()) == 3 for run in contenders.values())
 
 
 def test_the_plain_model_is_the_mann():

@@ -138,7 +138,15 @@ def test_nothing_depends_on_the_threads():
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_every_instruction_set_of_the_library(isa):
     environment = {**os.environ, "MANN_EXT_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-x", __file__, "-k", "float64 or float32 or threads"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        __file__,
+        "-k",
+        "float64 or float32 or threads",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
 
@@ -164,9 +172,9 @@ def test_a_wrong_shape_is_named(name):
 
 def test_a_wrong_dtype_is_named():
     tensors = dict(zip(NAMES, inputs(3, 10, 4), strict=True))
-    with pytest.raises(TypeError, match="weight_out of dtype torch.float64 as gradients are"):
+    with pytest.raises(TypeError, match=r"weight_out of dtype torch.float64 as gradients are"):
         coordinate_lstm(**{**tensors, "weight_out": tensors["weight_out"].float()})
-    with pytest.raises(TypeError, match="float32 or float64, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"float32 or float64, got torch.bfloat16"):
         coordinate_lstm(**{**tensors, "gradients": tensors["gradients"].bfloat16()})
-    with pytest.raises(TypeError, match="gradients to be a torch.Tensor, got None"):
+    with pytest.raises(TypeError, match=r"gradients to be a torch.Tensor, got None"):
         coordinate_lstm(**{**tensors, "gradients": None})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -18,7 +20,7 @@ from mann_ext.fast_weights import (
     preprocess_gradients,
 )
 
-DOUBLE = {"dtype": torch.float64}
+DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 activations = pytest.mark.parametrize("activation", ["relu", None])
 
 
@@ -76,13 +78,9 @@ def test_bad_fast_weights_are_named():
     net = FastSequential(FastLinear(3, 2))
     with pytest.raises(ValueError, match=r"no fast layer has the weight '1.weight'; there are 0"):
         net(torch.randn(4, 3), {"1.weight": torch.randn(2, 3)})
-    with pytest.raises(
-        ValueError, match=r"\(2, 3\), or \(4, 2, 3\) for one an example, got \(3, 2"
-    ):
+    with pytest.raises(ValueError, match=r"\(2, 3\), or \(4, 2, 3\) for one an example, got"):
         net[0](torch.randn(4, 3), torch.randn(3, 2, 3))
-    with pytest.raises(
-        ValueError, match=r"FastConv2d: expected fast weights of shape \(2, 1, 3, 3"
-    ):
+    with pytest.raises(ValueError, match="FastConv2d: expected fast weights of shape"):
         FastConv2d(1, 2, 3)(torch.randn(4, 1, 5, 5), torch.randn(2, 1, 3, 2))
     with pytest.raises(ValueError, match="activation 'relu' or None, got 'tanh'"):
         FastLinear(3, 2, activation="tanh")
@@ -99,8 +97,9 @@ def test_example_gradients_are_those_of_a_loop():
     found, losses = example_gradients(loss, parameters, x, y)
     for i in range(5):
         own = F.cross_entropy(net(x[i : i + 1]), y[i : i + 1])
-        for got, expected in zip(found.values(), torch.autograd.grad(own, [*net.parameters()])):
-            torch.testing.assert_close(got[i], expected)
+        expected = torch.autograd.grad(own, [*net.parameters()])
+        for got, want in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(got[i], want)
         torch.testing.assert_close(losses[i], own)
     assert not any(g.requires_grad for g in found.values())
     found, _ = example_gradients(loss, parameters, x, y, create_graph=True)
@@ -137,7 +136,9 @@ def test_m_by_pieces_is_the_network(dtype, seed):
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     learner.to(dtype)
     inputs = [gradients, *learner.parameters()]
-    for got, want in zip(torch.autograd.grad(learner(gradients), inputs, grad_out), reference):
+    for got, want in zip(
+        torch.autograd.grad(learner(gradients), inputs, grad_out), reference, strict=True
+    ):
         assert (got - want).norm() <= tolerance * want.norm()
 
 
@@ -145,7 +146,7 @@ def test_m_bends_where_the_network_bends():
     learner = CoordinateMLP(3, dtype=torch.float64)
 
     def run(gradients, *weights):
-        return functional_call(learner, dict(zip(names, weights)), (gradients,))
+        return functional_call(learner, dict(zip(names, weights, strict=True)), (gradients,))
 
     names = [name for name, _ in learner.named_parameters()]
     gradients = torch.linspace(-1.3, 1.3, 6, dtype=torch.float64, requires_grad=True)

@@ -9,13 +9,13 @@ namespace mann_ext::coordinate_lstm {
 // columns: H of h_{t-1}, the two of a gradient, the bias.
 struct Arguments {
   int64_t steps, coordinates, hidden;
-  const void* gradients;     // [T][P]
-  const void* unit_weights;  // packed: [H][columns][i, f, g, o]
+  const void* gradients;      // [T][P]
+  const void* unit_weights;   // packed: [H][columns][i, f, g, o]
   const void* state_weights;  // packed for the way back: [padded / 4][H][i, f, g, o][4]
-  const void* output;        // [H + 1], the bias last
-  const void* grad_out;      // [P], or null in the forward pass
-  void* out;                 // [P], or null in the backward pass
-  double* partial;           // [chunks][4H * columns + H + 1], the gradients of each chunk
+  const void* output;         // [H + 1], the bias last
+  const void* grad_out;       // [P], or null in the forward pass
+  void* out;                  // [P], or null in the backward pass
+  double* partial;            // [chunks][4H * columns + H + 1], the gradients of each chunk
 };
 
 constexpr int64_t kExtra = 3;  // inputs besides h: two of a gradient, and 1 for the bias

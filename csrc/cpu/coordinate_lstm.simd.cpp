@@ -31,15 +31,15 @@ struct CoordinateLSTM {
   // The scratch memory of a block; every row is kBlock numbers.
   struct Block {
     int64_t hidden, columns, steps;
-    A* inputs;     // [T + 1][padded]: h_{t-1}, the two numbers of a gradient, 1, zeros
-    A* gates;      // [T][H][4]: activated, and on the way back their gradients before that
-    A* cells;      // [T][H]: c_t
-    A* tanh;       // [T][H]: tanh(c_t)
-    A* grad_h;     // [padded]
-    A* grad_c;     // [H]
-    A* sums;       // [H][padded / 4][4][4], one vector each: the gradients of the weights
-    A* out_sums;   // [H + 1], one vector each
-    bool keep;     // all steps, for the way back
+    A* inputs;    // [T + 1][padded]: h_{t-1}, the two numbers of a gradient, 1, zeros
+    A* gates;     // [T][H][4]: activated, and on the way back their gradients before that
+    A* cells;     // [T][H]: c_t
+    A* tanh;      // [T][H]: tanh(c_t)
+    A* grad_h;    // [padded]
+    A* grad_c;    // [H]
+    A* sums;      // [H][padded / 4][4][4], one vector each: the gradients of the weights
+    A* out_sums;  // [H + 1], one vector each
+    bool keep;    // all steps, for the way back
 
     A* input(int64_t t, int64_t row) const {
       return inputs + ((keep ? t : t % 2) * columns + row) * kBlock;
@@ -94,8 +94,7 @@ struct CoordinateLSTM {
     const int64_t columns = H + kExtra;
     for (int64_t j = 0; j < H; ++j)
       for (int64_t k = 0; k < columns; ++k)
-        for (int64_t gate = 0; gate < kGates; ++gate)
-          *unit++ = w[(gate * H + j) * columns + k];
+        for (int64_t gate = 0; gate < kGates; ++gate) *unit++ = w[(gate * H + j) * columns + k];
     for (int64_t k = 0; k < padded(H); k += 4)
       for (int64_t j = 0; j < H; ++j)
         for (int64_t gate = 0; gate < kGates; ++gate)
@@ -259,8 +258,8 @@ struct CoordinateLSTM {
     }
   }
 
-  // The gradients of the weights of unit j and four inputs, from all steps: summed by block and then
-  // over blocks, for a single long chain would round more than the reference.
+  // The gradients of the weights of unit j and four inputs, from all steps: summed by block and
+  // then over blocks, for a single long chain would round more than the reference.
   static void add_products(const Block& b, int64_t j, int64_t k) {
     A* kept = b.sums + (j * b.columns + k) * kGates * kLanesHere;
     V sums[kGates][4] = {};
@@ -293,7 +292,8 @@ struct CoordinateLSTM {
     for (int64_t j = 0; j < H; ++j)
       for (int64_t k = 0; k < columns; ++k)
         for (int64_t gate = 0; gate < kGates; ++gate) {
-          const A* sum = b.sums + ((j * b.columns + k / 4 * 4) * kGates + gate * 4 + k % 4) * kLanesHere;
+          const A* sum =
+              b.sums + ((j * b.columns + k / 4 * 4) * kGates + gate * 4 + k % 4) * kLanesHere;
           partial[(gate * H + j) * columns + k] = sum_lanes<A>(load<A>(sum));
         }
     for (int64_t j = 0; j <= H; ++j)

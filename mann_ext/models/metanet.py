@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,12 @@ class MetaNet(nn.Module):
 
     where a layer with fast weights computes relu(W x) + relu(W* x), and the last one W x + W* x.
 
-    Variants: "minus" has no Q*; "plus" also gives b task-level fast weights, d of the gradients by W.
+    Variants: "minus" has no Q*; "plus" also gives b task-level fast weights, made by d from the
+    gradients by W.
 
-    The gradients enter d in the order of falling loss. So, ties apart, permuting the support examples changes
-    nothing, and permuting labels permutes the outputs if the rows of the slow output weights are permuted with them.
+    d reads the gradients in the order of falling loss. So, ties apart, permuting the support
+    examples changes nothing; and permuting labels permutes the outputs, if the rows of the slow
+    weights of both output layers are permuted with them (those are the same for all tasks).
 
     Args:
         ways: classes a task.
@@ -134,10 +136,9 @@ class MetaNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """New random slow and meta weights."""
-        for learner in (self.example_learner, self.task_learner):
-            for module in () if learner is None else learner.modules():
-                if isinstance(module, (nn.Linear, nn.LSTM)):
-                    module.reset_parameters()
+        self.example_learner.reset_parameters()
+        if self.task_learner is not None:
+            self.task_learner.reset_parameters()
         self.reset_slow_weights()
 
     def reset_slow_weights(self) -> None:
@@ -211,7 +212,8 @@ class MetaNet(nn.Module):
         self._check(support, support_labels, queries)
         gradients, losses = self._gradients(self.base, support, support_labels)
         example_weights = self.example_learner(gradients)
-        features = self.embedding[:-1]  # without the output layer, which serves the gradients alone
+        # Without the output layer, which serves the gradients alone.
+        features = cast(FastSequential, self.embedding[:-1])
         task_weights, base_task_weights = [], []
         if self.task_learner is not None:
             if self.variant == "plus":
