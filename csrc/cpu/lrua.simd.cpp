@@ -1041,13 +1041,27 @@ struct Chunks : Scan<A, A> {
     const Scratch scratch(p, base);
     const int64_t size = s.width * kTile;
     const bool apart = p.in.contents != p.in.keys;
+    const int64_t coming = count * s.heads;
+    Together together(p, scratch, b, t > 0 ? scratch.steps() : 0, 2 * coming * s.width);
+    A* keys = together.room.template take<A>(coming * s.width);
+    A* contents = together.room.template take<A>(apart ? coming * s.width : 0);
+    pack(p, b, t, count, &Base::key, keys);
+    if (apart) pack(p, b, t, count, &Base::content, contents);
     for (; block < end; ++block) {
       const int64_t last = std::min(s.tiles, (block + 1) * s.block_tiles);
       A* reads = scratch.reads + block * p.options.chunk * s.heads * s.width;
-      if (t > 0) std::fill(reads, reads + scratch.steps() * s.heads * s.width, A(0));
+      if (t > 0) {
+        std::fill(reads, reads + scratch.steps() * s.heads * s.width, A(0));
+        together.clear();
+      }
       for (int64_t tile0 = block * s.block_tiles; tile0 < last; tile0 += kReplayTiles) {
         const int64_t tile1 = std::min(last, tile0 + kReplayTiles);
-        if (t > 0) replay(p, scratch, b, tile0, tile1, reads);
+        if (t > 0) {
+          if (erases(scratch, tile0, tile1))
+            replay(p, scratch, b, tile0, tile1, reads);
+          else
+            together.replay(tile0, tile1);
+        }
         for (int64_t tile = tile0; tile < tile1; ++tile) {
           A* memory = scratch.forward.memory + tile * size;
           if (count == 0) {
@@ -1058,21 +1072,30 @@ struct Chunks : Scan<A, A> {
           }
           const bool reset = Base::resets(p.in, s, t, b);
           if (t == 0 || reset) Base::initial_tile(p.in, s, p.options, b, tile, !reset, memory);
-          for (int64_t u = 0; u < count; ++u) {
-            const int64_t row = u * s.heads * s.padded + tile * kTile;
-            dot_products(s, memory, Base::key(p.in, s, t + u, b), scratch.key_dots + row,
-                         u == 0 ? scratch.squares + tile * kTile : nullptr);
-            if (apart)
-              dot_products(s, memory, Base::content(p.in, s, t + u, b), scratch.content_dots + row,
-                           nullptr);
-          }
+          dot_products(s, memory, keys, coming, scratch.key_dots + tile * kTile,
+                       scratch.squares + tile * kTile);
+          if (apart)
+            dot_products(s, memory, contents, coming, scratch.content_dots + tile * kTile, nullptr);
         }
       }
+      if (t > 0) together.add_to(reads);
     }
   }
 
-  static void dot_products(const Shape& s, const A* memory, const A* vectors, A* dots, A* squares) {
-    for_head_groups(s.heads, [&](int64_t r, auto G) {
+  // Vectors of the steps [t, t + count), [count][R][W].
+  template <class Vectors>
+  static void pack(const Forward& p, int64_t b, int64_t t, int64_t count, const Vectors& vectors,
+                   A* out) {
+    const int64_t size = p.shape.heads * p.shape.width;
+    for (int64_t u = 0; u < count; ++u) {
+      const A* from = vectors(p.in, p.shape, t + u, b);
+      std::copy(from, from + size, out + u * size);
+    }
+  }
+
+  static void dot_products(const Shape& s, const A* memory, const A* vectors, int64_t count,
+                           A* dots, A* squares) {
+    for_head_groups(count, [&](int64_t r, auto G) {
       if (squares != nullptr && r == 0)
         tile_score<A, A, G, true>(memory, s.width, vectors, dots, s.padded, squares);
       else
@@ -1080,6 +1103,112 @@ struct Chunks : Scan<A, A> {
     });
   }
 
+  // Whether a step of the chunk erases a slot of these tiles.
+  static bool erases(const Scratch& scratch, int64_t tile0, int64_t tile1) {
+    for (int64_t i = 0; i < scratch.erased_count(); ++i)
+      if (scratch.erased[i] / kTile >= tile0 && scratch.erased[i] / kTile < tile1) return true;
+    return false;
+  }
+
+  // All steps of a chunk at once, for tiles of which it erases nothing: with P = C R contents a_p
+  // written by weights A_p to the memory M, read q is w_q . M + sum_p (w_q . A_p) a_p over what was
+  // written by then, and what is left is M + sum_p A_p a_p^T.
+  struct Together {
+    static constexpr int64_t kSlots = kReplayTiles * kTile;
+    const Forward& p;
+    const Scratch& scratch;
+    int64_t b, steps, rank;  // P
+    Arena room;
+    A* contents;  // [P][W]
+    A* weights;   // [P][kSlots]
+    A* writes;    // [kReplayTiles][P][kTile]
+    A* vectors;   // [P][W][lanes]: w_q . M so far
+    A* overlap;   // [P][P]: w_q . A_p
+    A* sums;      // [P][W]
+    Int* keep;
+    bool first = true;
+
+    Together(const Forward& forward, const Scratch& of_chunk, int64_t element, int64_t count,
+             int64_t more)
+        : p(forward),
+          scratch(of_chunk),
+          b(element),
+          steps(count),
+          rank(count * forward.shape.heads),
+          room(thread_scratch<3>((rank * (2 * forward.shape.width + 2 * kSlots + rank) + more) *
+                                     static_cast<int64_t>(sizeof(A)) +
+                                 rank * forward.shape.width * kVectorBytes +
+                                 kTile * static_cast<int64_t>(sizeof(Int)) + 1024)) {
+      const int64_t width = p.shape.width;
+      contents = room.take<A>(rank * width);
+      weights = room.take<A>(rank * kSlots);
+      writes = room.take<A>(rank * kSlots);
+      vectors = room.take<A>(rank * width * kLanes<A>);
+      overlap = room.take<A>(rank * rank);
+      sums = room.take<A>(rank * width);
+      keep = room.take<Int>(kTile);
+      if (steps > 0) pack(p, b, scratch.begin(), steps, &Base::content, contents);
+    }
+
+    void clear() {
+      first = true;
+      std::fill(overlap, overlap + rank * rank, A(0));
+    }
+
+    void replay(int64_t tile0, int64_t tile1) {
+      const Shape& s = p.shape;
+      const int64_t size = s.width * kTile, slots = (tile1 - tile0) * kTile;
+      A* memory = scratch.forward.memory + tile0 * size;
+      for (int64_t u = 0; u < steps; ++u) {
+        const int64_t t = scratch.begin() + u;
+        const A* previous = scratch.forward.previous_weights(p, b, t);
+        const A* now = scratch.forward.read_weights(p, b, t) + tile0 * kTile;
+        for (int64_t r = 0; r < s.heads; ++r)
+          std::copy(now + r * s.padded, now + r * s.padded + slots,
+                    weights + (u * s.heads + r) * kSlots);
+        for (int64_t tile = tile0; tile < tile1; ++tile)
+          Base::write_weights(
+              s, p.options, previous, Base::gate(p.in, s, t, b), scratch.slots + u * s.chosen, tile,
+              writes + ((tile - tile0) * rank + u * s.heads) * kTile, kTile, keep, s.heads);
+      }
+      for_head_groups(rank, [&](int64_t q, auto G) {
+        column_sums<A, A, G>(memory, tile1 - tile0, s.width, weights + q * kSlots, kSlots,
+                             vectors + q * s.width * kLanes<A>, first);
+      });
+      first = false;
+      for (int64_t q = 0; q < rank; ++q)
+        for (int64_t before = 0; before < (q / s.heads + 1) * s.heads; ++before) {
+          Vec<A> sum = {};
+          for (int64_t i = 0; i < slots; i += kLanes<A>)
+            sum += load<A>(weights + q * kSlots + i) *
+                   load<A>(writes + (i / kTile * rank + before) * kTile + i % kTile);
+          overlap[q * rank + before] += sum_lanes<A>(sum);
+        }
+      for (int64_t tile = 0; tile < tile1 - tile0; ++tile)
+        for_head_groups(rank, [&](int64_t q, auto G) {
+          tile_write<A, A, A, G, false>(memory + tile * size, memory + tile * size, s.width,
+                                        nullptr, writes + (tile * rank + q) * kTile,
+                                        contents + q * s.width, nullptr, nullptr, nullptr,
+                                        q == 0 ? kReplayTiles * size : 0);
+        });
+    }
+
+    // Adds the reads [C][R][W] of the tiles since `clear`.
+    void add_to(A* reads) const {
+      if (first) return;
+      const Shape& s = p.shape;
+      lane_sums(vectors, rank * s.width, sums);
+      for (int64_t q = 0; q < rank; ++q) {
+        A* read = reads + q * s.width;
+        for (int64_t j = 0; j < s.width; ++j) read[j] += sums[q * s.width + j];
+        for (int64_t before = 0; before < (q / s.heads + 1) * s.heads; ++before)
+          for (int64_t j = 0; j < s.width; ++j)
+            read[j] += overlap[q * rank + before] * contents[before * s.width + j];
+      }
+    }
+  };
+
+  // The same step by step.
   static void replay(const Forward& p, const Scratch& scratch, int64_t b, int64_t tile0,
                      int64_t tile1, A* reads) {
     const Shape& s = p.shape;

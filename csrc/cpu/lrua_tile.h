@@ -102,10 +102,10 @@ MANN_EXT_INLINE Vec<A> keep_lanes(const typename Lanes<A>::Int* keep, Vec<A> v) 
 // memory streams from RAM the next tile, `ahead` elements on, is asked for early (0: it is in
 // cache).
 template <class A, class D, class S, int G, bool Score>
-inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t width,
-                                                 const typename Lanes<A>::Int* keep,
-                                                 const A* weights, const A* contents, const A* keys,
-                                                 A* dots, A* squares, int64_t ahead) {
+MANN_EXT_OUTLINE void tile_write(const S* src, D* dst, int64_t width,
+                                 const typename Lanes<A>::Int* keep, const A* weights,
+                                 const A* contents, const A* keys, A* dots, A* squares,
+                                 int64_t ahead) {
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
@@ -146,9 +146,8 @@ inline __attribute__((noinline)) void tile_write(const S* src, D* dst, int64_t w
 
 // dots_g = m . rows_g over one tile, for heads that tile_write did not score, and (Squares) |m|^2.
 template <class A, class S, int G, bool Squares = false>
-inline __attribute__((noinline)) void tile_score(const S* tile, int64_t width, const A* rows,
-                                                 A* dots, int64_t dots_stride = kTile,
-                                                 A* squares = nullptr) {
+MANN_EXT_OUTLINE void tile_score(const S* tile, int64_t width, const A* rows, A* dots,
+                                 int64_t dots_stride = kTile, A* squares = nullptr) {
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
@@ -175,9 +174,9 @@ inline __attribute__((noinline)) void tile_score(const S* tile, int64_t width, c
 // out_g = start_g + sum_q rows_q mix_{q,g} over one tile: what `count` deferred writes with weights
 // rows_q add to a dot product with the memory as it was before them.
 template <class A, int G>
-inline __attribute__((noinline)) void tile_mix(const A* start, int64_t start_stride,
-                                               const A* const* rows, int64_t count, int64_t offset,
-                                               const A* mix, int64_t mix_stride, A* out) {
+MANN_EXT_OUTLINE void tile_mix(const A* start, int64_t start_stride, const A* const* rows,
+                               int64_t count, int64_t offset, const A* mix, int64_t mix_stride,
+                               A* out) {
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
@@ -198,9 +197,8 @@ inline __attribute__((noinline)) void tile_mix(const A* start, int64_t start_str
 // Backward of addressing, first half: dots with the keys and with the gradients of the reads, and
 // (First) the squared norms.
 template <class A, class M, int G, bool First>
-inline __attribute__((noinline)) void tile_score_pair(const M* tile, int64_t width, const A* keys,
-                                                      const A* grads, A* key_dots, A* grad_dots,
-                                                      A* squares) {
+MANN_EXT_OUTLINE void tile_score_pair(const M* tile, int64_t width, const A* keys, const A* grads,
+                                      A* key_dots, A* grad_dots, A* squares) {
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
@@ -232,10 +230,9 @@ inline __attribute__((noinline)) void tile_score_pair(const M* tile, int64_t wid
 // Second half: the gradient of the tile, grad += sum_g x_g keys_g^T + w_g grads_g^T (+ self * m),
 // and (Last) with the finished gradient dots_g = grad . contents_g.
 template <class A, class M, int G, bool First, bool Last>
-inline __attribute__((noinline)) void tile_gradient(const M* tile, A* grad, int64_t width,
-                                                    const A* x, const A* w, int64_t w_stride,
-                                                    const A* self, const A* keys, const A* grads,
-                                                    const A* contents, A* dots) {
+MANN_EXT_OUTLINE void tile_gradient(const M* tile, A* grad, int64_t width, const A* x, const A* w,
+                                    int64_t w_stride, const A* self, const A* keys, const A* grads,
+                                    const A* contents, A* dots) {
   constexpr int L = kLanes<A>;
   constexpr int V = kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
@@ -303,9 +300,8 @@ MANN_EXT_INLINE void column_sums_at(const M* tiles, int64_t count, int64_t width
 // of lanes each (to be added up by lane_sums): the read, and the gradients of keys and contents.
 // `first`: from zero. An outer product in registers, G * J accumulators.
 template <class A, class M, int G>
-inline __attribute__((noinline)) void column_sums(const M* tiles, int64_t count, int64_t width,
-                                                  const A* weights, int64_t stride, A* sums,
-                                                  bool first) {
+MANN_EXT_OUTLINE void column_sums(const M* tiles, int64_t count, int64_t width, const A* weights,
+                                  int64_t stride, A* sums, bool first) {
   constexpr int J = kRegisters == 32 ? 5 : 2;
   int64_t j = 0;
   for (; j + J <= width; j += J)

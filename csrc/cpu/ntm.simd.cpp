@@ -24,9 +24,9 @@ constexpr int64_t kBlock = 8;
 // now = before * prod_h (1 - w_h e_h^T) + sum_h w_h a_h^T over one tile. Heads: how many, if that
 // is known; else 0.
 template <class A, int Heads>
-inline __attribute__((noinline)) void tile_update(const A* before, A* now, int64_t width,
-                                                  int64_t heads, const A* weights, int64_t stride,
-                                                  const A* erases, const A* adds) {
+MANN_EXT_OUTLINE void tile_update(const A* before, A* now, int64_t width, int64_t heads,
+                                  const A* weights, int64_t stride, const A* erases,
+                                  const A* adds) {
   const int64_t count = Heads > 0 ? Heads : heads;
   for (int64_t j = 0; j < width; ++j)
     for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
@@ -44,12 +44,10 @@ inline __attribute__((noinline)) void tile_update(const A* before, A* now, int64
 // whose sums over the slots are minus the gradients of the erases, and
 // weight_grads_h += sum_j (grad_j a_h,j - kept_h,j e_h,j).
 template <class A, int Heads>
-inline __attribute__((noinline)) void tile_update_gradient(const A* before, A* grad, int64_t width,
-                                                           int64_t heads, const A* weights,
-                                                           int64_t stride, const A* erases,
-                                                           const A* adds, A* kept,
-                                                           int64_t kept_stride, A* weight_grads,
-                                                           int64_t grads_stride) {
+MANN_EXT_OUTLINE void tile_update_gradient(const A* before, A* grad, int64_t width, int64_t heads,
+                                           const A* weights, int64_t stride, const A* erases,
+                                           const A* adds, A* kept, int64_t kept_stride,
+                                           A* weight_grads, int64_t grads_stride) {
   const int64_t count = Heads > 0 ? Heads : heads;
   for (int64_t lane = 0; lane < kTile; lane += kLanes<A>)
     for (int64_t j0 = 0; j0 < width; j0 += kColumns) {
@@ -80,9 +78,8 @@ inline __attribute__((noinline)) void tile_update_gradient(const A* before, A* g
 
 // grad += sum_g weights_g rows_g^T over one tile, and (Self) self * tile.
 template <class A, int G, bool Self>
-inline __attribute__((noinline)) void tile_add(A* grad, int64_t width, const A* weights,
-                                               int64_t stride, const A* rows, const A* self,
-                                               const A* tile) {
+MANN_EXT_OUTLINE void tile_add(A* grad, int64_t width, const A* weights, int64_t stride,
+                               const A* rows, const A* self, const A* tile) {
   for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
     Vec<A> w[G], own = {};
     for (int g = 0; g < G; ++g) w[g] = load<A>(weights + g * stride + lane);

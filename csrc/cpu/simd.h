@@ -19,6 +19,13 @@
 #endif
 
 #define MANN_EXT_INLINE inline __attribute__((always_inline))
+// An inner loop of its own. noipa, since GCC 12 otherwise took a call of such a function that
+// writes its argument in place for one without effect, and left it out.
+#if defined(__clang__)
+#define MANN_EXT_OUTLINE inline __attribute__((noinline))
+#else
+#define MANN_EXT_OUTLINE inline __attribute__((noipa))
+#endif
 
 namespace MANN_EXT_ISA {
 
