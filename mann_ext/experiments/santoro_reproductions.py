@@ -10,6 +10,7 @@ from mann_ext.experiments.reproduction import Reproduction, Run
 from mann_ext.experiments.santoro import (
     DEMO,
     FIFTEEN_WAY_STRINGS,
+    FIFTEEN_WAY_STRINGS_NTM,
     FIVE_WAY,
     FIVE_WAY_STRINGS,
     PAPER,
@@ -93,8 +94,7 @@ TABLE_2 = Reproduction(
         *_table_2_runs(15, 110),
         Run(
             "mann-ntm-15", "MANN (NTM addressing)",
-            _model(FIFTEEN_WAY_STRINGS, memory="ntm", num_slots=128),
-            "santoro-15way-strings-ntm", 150,
+            FIFTEEN_WAY_STRINGS_NTM, "santoro-15way-strings-ntm", 150,
         ),
     ),
     module="mann_ext.experiments.classification",
