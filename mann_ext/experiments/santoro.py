@@ -194,7 +194,7 @@ FIFTEEN_WAY_STRINGS = replace(
     model=replace(FIVE_WAY.model, num_slots=512),
     episodes=replace(FIVE_WAY.episodes, ways=15, labels="string"),
 )
-# The NTM's heads do not learn to write in long episodes from the start, so those begin with 2 classes.
+# In long episodes from the start the NTM's heads do not learn to write, so 2 classes come first.
 FIFTEEN_WAY_STRINGS_NTM = replace(
     FIFTEEN_WAY_STRINGS,
     model=replace(FIFTEEN_WAY_STRINGS.model, memory="ntm", num_slots=128, advance_bias=2.0),

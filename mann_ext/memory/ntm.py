@@ -123,8 +123,8 @@ class NTMMemory(MemoryModule[NTMState]):
         return [heads * self.slot_size, written, written, heads, heads, heads, 3 * heads]
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear``, but strengths start at ``read_strength``, gates at ``gate_bias``, and the
-        write heads' gates and shifts with ``advance_bias``."""
+        """As ``nn.Linear``, but strengths, gates and the write heads' shifts start as the
+        arguments say."""
         self.interface.reset_parameters()
         _, _, _, strengths, gates, _, shifts = self.interface.bias.detach().split(self._sizes())
         # softplus(raw) = read_strength
