@@ -56,7 +56,9 @@ def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
     axes.set_yticklabels([run.label for run in runs], fontsize=8)
     axes.invert_yaxis()
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="best")
+    axes.legend(
+        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(SHOWN), frameon=False
+    )
     return {"": figure}
 
 

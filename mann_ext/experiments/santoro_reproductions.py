@@ -208,9 +208,9 @@ mean something.
   10th instance and nothing at the 2nd; a memory that starts from 0.1 at most one; leaving out
   tanh nothing. Feeding the reads back gains about 2 points at the 2nd instance and
   nothing later, for a fifth more time a minibatch.
-- **The optimiser hardly matters here.** The paper's RMSProp at 0.0001 does at least as well as Adam; a
-  constant rate is 1 to 2 points better than a falling one, which at this budget falls while there
-  is most to learn.
+- **The optimiser hardly matters here.** The paper's RMSProp at 0.0001 does at least as well as
+  Adam; a constant rate is 1 to 2 points better than a falling one, which at this budget falls while
+  there is most to learn.
 
 So the presets keep a strength learnt from 10, four heads with shared slots, a content of its own, a
 memory that starts near 0, and no fed-back reads for their cost; longer episodes get more slots.
