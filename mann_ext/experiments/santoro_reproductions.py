@@ -214,8 +214,8 @@ mean something.
 
 So the presets keep a strength learnt from 10, four heads with shared slots, a content of its own, a
 memory that starts near 0, Adam at 0.001, and no fed-back reads for their cost; longer episodes get
-more slots. Whether the rest matters at the end of a long run is not measured here. Rows of one seed and rows
-that are missing can be added by the command below, with `--only` and `--seeds`."""
+more slots. Whether the rest matters at the end of a long run is not measured here. Missing rows and
+seeds can be added by the command below, with `--only` and `--seeds`."""
 
 ABLATION = Reproduction(
     name="santoro-ablation",
