@@ -222,6 +222,7 @@ def markdown(
         lines.insert(1, "|---" * len(table.columns) + "|")
         parts += [f"**{table.title}**", "\n".join(lines)]
     parts += [f"![{entry.description}]({name})" for name in pictures]
+    parts += [entry.findings] * bool(entry.findings)
     measured = [values for own in results.values() for values in own]
     for name, words in (("data", "Data"), ("machine", "Machine")):
         parts.append(f"{words}: {'; '.join(sorted({values[name] for values in measured}))}.")

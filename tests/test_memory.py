@@ -177,6 +177,19 @@ def test_the_ntms_heads_start_as_they_were_told():
     assert state.weights.sum() == 6
 
 
+def test_the_ntms_write_heads_start_out_moving_on():
+    options = {"num_slots": 12, "num_reads": 1, "num_writes": 2, "gate_bias": 1.0}
+    memory = NTMMemory(6, advance_bias=9.0, **options)
+    *_, gates, sharpenings, shifts = memory.interface.bias.split(memory._sizes())
+    assert gates.tolist() == [1.0, -8.0, -8.0], "the read head's is as it was"
+    assert len(sharpenings) == 3
+    assert (shifts.view(3, 3).argmax(-1)[1:] == 2).all()
+    assert shifts[:3].abs().max() < 1
+    _, state = memory(0.01 * torch.randn(5, 2, 6))
+    assert (state.weights[:, 1:].argmax(-1) == 5).all(), "one slot a step, from slot 0"
+    assert (state.weights[:, 1:, 5] > 0.9).all()
+
+
 @kinds
 def test_it_compiles_as_one_graph(kind):
     memory = make(kind)

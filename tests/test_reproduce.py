@@ -204,6 +204,9 @@ def test_the_ablation_has_the_mean_and_the_range_over_its_seeds(tmp_path: Path) 
     low, mean, high = min(values), sum(values) / 3, max(values)
     assert table.rows[0][1] == f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
     assert f"| {table.rows[0][0]} | {table.rows[0][1]} |" in page.read_text()
+    assert page.read_text().count(entry.findings) == 1
+    one = {"base": reproduce.stored(entry, tmp_path)["base"][:1]}
+    assert ablation.tables(entry, one)[0].rows[0][1] == f"{100 * values[0]:.1f}"
 
 
 def test_every_change_of_the_ablation_changes_one_thing() -> None:

@@ -126,6 +126,7 @@ def test_the_preset_of_the_ntms_row_in_table_2() -> None:
     model = build_model(config.model, 425, 25)
     assert isinstance(model.memory, NTMMemory)
     assert (model.memory.num_reads, model.memory.num_writes) == (4, 1)
+    assert config.episodes.ways < config.episodes.test_ways == 15, "short episodes first"
     assert paper_rows(config)[paper_name(config.model)][-1] == 88.4
 
 

@@ -24,7 +24,7 @@ def measure(run: Run, config: Any, trained: Path | None, episodes: int) -> dict[
 
 
 def tables(reproduction: Reproduction, results: Results) -> list[Table]:
-    """Mean and range over the seeds, at the 2nd, 5th and 10th instance."""
+    """Mean and, of several, range over the seeds, at the 2nd, 5th and 10th instance."""
     rows: list[tuple[str, ...]] = []
     for run in reproduction.runs:
         if run.name in results:
@@ -56,7 +56,9 @@ def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
     axes.set_yticklabels([run.label for run in runs], fontsize=8)
     axes.invert_yaxis()
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="best")
+    axes.legend(
+        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(SHOWN), frameon=False
+    )
     return {"": figure}
 
 
@@ -68,4 +70,6 @@ def _mean_and_range(own: Sequence[dict[str, Any]], instance: str) -> str:
     values = _percent(own, instance)
     if not values:
         return ""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
     return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"

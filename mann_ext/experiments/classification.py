@@ -172,7 +172,7 @@ def by_setting(runs: Iterable[Run]) -> dict[Setting, list[Run]]:
     found: dict[Setting, list[Run]] = {}
     for run in runs:
         episodes = run.config.episodes
-        found.setdefault((episodes.labels, episodes.ways), []).append(run)
+        found.setdefault((episodes.labels, episodes.test_ways), []).append(run)
     return found
 
 

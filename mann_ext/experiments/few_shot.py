@@ -312,6 +312,7 @@ def build_model(config: ModelConfig, input_size: int, output_size: int) -> nn.Mo
     }
     if config.memory == "ntm":
         options["num_writes"] = config.num_writes
+        options["advance_bias"] = config.advance_bias
     else:
         options["usage_decay"] = config.usage_decay
         options["least_used"] = config.least_used

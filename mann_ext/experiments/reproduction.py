@@ -51,6 +51,8 @@ class Reproduction:
     """Where its `Experiment` is; imported when needed, because it may import torch."""
     seeds: tuple[int, ...] = (0,)
     """Trained by default."""
+    findings: str = ""
+    """What the kept results say, in words, for the page."""
 
     def experiment(self) -> Experiment:
         """How the runs are measured and shown."""

@@ -54,6 +54,9 @@ class NTMMemory(MemoryModule[NTMState]):
         read_strength: beta at the start, of all heads.
         key_activation: "none" (the paper) or "tanh", on keys and adds.
         gate_bias: first bias of the gate's logit; positive gates address by content.
+        advance_bias: at the start, added to the logit of the write heads' shift by one slot and
+            taken from that of their gate. Positive, they write one slot after the other; at 0 the
+            first writes are a blur that is slow to become of use.
         initial_value: what a new memory is filled with.
         batch_first: x and reads are (B, T, .) instead of (T, B, .).
         device, dtype: of the parameters; float32 or float64.
@@ -82,6 +85,7 @@ class NTMMemory(MemoryModule[NTMState]):
         read_strength: float = 1.0,
         key_activation: Literal["none", "tanh"] = "none",
         gate_bias: float = 0.0,
+        advance_bias: float = 0.0,
         initial_value: float = 1e-6,
         batch_first: bool = False,
         device: torch.device | str | None = None,
@@ -107,6 +111,7 @@ class NTMMemory(MemoryModule[NTMState]):
         self.read_strength = read_strength
         self.key_activation = key_activation
         self.gate_bias = gate_bias
+        self.advance_bias = advance_bias
         self.initial_value = initial_value
         self.batch_first = batch_first
         self.interface = nn.Linear(input_size, sum(self._sizes()), device=device, dtype=dtype)
@@ -118,12 +123,15 @@ class NTMMemory(MemoryModule[NTMState]):
         return [heads * self.slot_size, written, written, heads, heads, heads, 3 * heads]
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear``, but strengths start at ``read_strength`` and gates at ``gate_bias``."""
+        """As ``nn.Linear``, but strengths, gates and the write heads' shifts start as the
+        arguments say."""
         self.interface.reset_parameters()
-        _, _, _, strengths, gates, _, _ = self.interface.bias.detach().split(self._sizes())
+        _, _, _, strengths, gates, _, shifts = self.interface.bias.detach().split(self._sizes())
         # softplus(raw) = read_strength
         strengths.fill_(self.read_strength + math.log(-math.expm1(-self.read_strength)))
         gates.fill_(self.gate_bias)
+        gates[self.num_reads :] -= self.advance_bias
+        shifts.view(-1, 3)[self.num_reads :, 2] += self.advance_bias
 
     def extra_repr(self) -> str:
         text = (
