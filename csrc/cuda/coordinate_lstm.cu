@@ -530,16 +530,22 @@ struct Grid {
   size_t shared_bytes;
 };
 
+// Of all blocks in global memory, unless one a multiprocessor needs more.
+constexpr int64_t kScratchBytes = int64_t{1} << 29;
+
+// As many blocks as run at once. `kept_bytes`: of a block in global memory besides its room.
 template <auto Kernel, class A, int Known>
-Grid plan(Arguments<A>& p, bool backward) {
+Grid plan(Arguments<A>& p, bool backward, int64_t kept_bytes) {
   p.room_bytes = Room<A, Known>(p.hidden, backward, nullptr).bytes;
   const bool fits =
       Known != 0 || (!streams() && p.room_bytes <= static_cast<int64_t>(max_shared_bytes()));
   const size_t shared_bytes = fits ? static_cast<size_t>(p.room_bytes) : 0;
+  if (!fits) kept_bytes += p.room_bytes;
   const int64_t tiles = (p.coordinates + kCoordinates<A> - 1) / kCoordinates<A>;
-  const int64_t at_once =
-      int64_t{multiprocessors()} * blocks_per_multiprocessor<Kernel>(kThreads, shared_bytes);
-  return {std::min(tiles, at_once), shared_bytes};
+  const int64_t processors = multiprocessors();
+  const int64_t at_once = processors * blocks_per_multiprocessor<Kernel>(kThreads, shared_bytes);
+  const int64_t affordable = kScratchBytes / std::max(kept_bytes, int64_t{1});
+  return {std::min({tiles, at_once, std::max(processors, affordable)}), shared_bytes};
 }
 
 template <auto Kernel, class A>
@@ -605,7 +611,7 @@ Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
     constexpr auto kKernel = forward<A, known()>;
     Arguments<A> p = arguments<A>(n, gradients, packed, output);
     p.out = pointer<A>(out);
-    start<kKernel>(p, plan<kKernel, A, known()>(p, false), gradients, device);
+    start<kKernel>(p, plan<kKernel, A, known()>(p, false, 0), gradients, device);
   });
   return out;
 }
@@ -625,10 +631,11 @@ std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor grad
     constexpr auto kKernel = backward<A, known()>;
     Arguments<A> p = arguments<A>(n, gradients, packed, output);
     p.grad_out = pointer<const A>(grad_out);
-    const Grid grid = plan<kKernel, A, known()>(p, true);
-    const int64_t kept = std::max(n.steps - 1, int64_t{0}), size = partial_size(p.hidden);
-    const Tensor states =
-        new_tensor(gradients, {grid.blocks, kept, 2, n.hidden, kCoordinates<A>}, dtype);
+    const int64_t steps = std::max(n.steps - 1, int64_t{0}), size = partial_size(p.hidden);
+    const int64_t of_states = steps * 2 * n.hidden * kCoordinates<A>;
+    const Grid grid = plan<kKernel, A, known()>(
+        p, true, of_states * int64_t{sizeof(A)} + size * int64_t{sizeof(double)});
+    const Tensor states = new_tensor(gradients, {grid.blocks, of_states}, dtype);
     const Tensor partial = new_tensor(gradients, {grid.blocks, size}, ScalarType::Double);
     p.states = pointer<A>(states);
     p.partial = pointer<double>(partial);

@@ -1,4 +1,4 @@
-"""coordinate_lstm's CUDA kernels on the CPU: its own tests, and what parallel code can get wrong."""
+"""coordinate_lstm's CUDA kernels on the CPU: its own tests, and what parallel code can break."""
 
 from __future__ import annotations
 
