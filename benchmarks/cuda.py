@@ -273,6 +273,33 @@ def chunked(slots: int, width: int, repeats: int, heads: int = 4) -> dict[str, A
     }  # fmt: skip
 
 
+def coordinates(repeats: int, steps: int = 5, count: int = 152_000) -> list[dict[str, Any]]:
+    """The LSTM over coordinates at MetaNet's size, and multiply-adds a second."""
+    lstm, output = torch.nn.LSTM(2, 20, device=DEVICE), torch.nn.Linear(20, 1, device=DEVICE)
+    weights = [*lstm.parameters(), *output.parameters()]
+    gradients = [torch.randn(steps, count, device=DEVICE) for _ in range(4)]
+
+    def cudnn(g: Tensor, *_: Tensor) -> Tensor:
+        return output(lstm(reference.gradient_features(g))[1][0][0]).squeeze(-1)
+
+    def both(run: Callable[..., Tensor], g: Tensor) -> Run:
+        return lambda: torch.autograd.grad(run(g, *weights).sum(), weights)
+
+    contenders: dict[str, list[Run]] = {}
+    for name, run in (("native", ops.coordinate_lstm), ("nn.LSTM", cudnn)):
+        contenders[name] = [both(run, g) for g in gradients]
+        contenders[f"{name}, forward"] = [forward(run, (g, *weights)) for g in gradients]
+    ms = side_by_side(contenders, repeats)
+    products = 4 * 20 * 23 * steps * count
+    return [
+        {
+            "what": "coordinate_lstm", "steps": steps, "coordinates": count, "hidden": 20, "ms": ms,
+            "forward_TFLOPs": 2 * products / ms["native, forward"]["median_ms"] / 1e9,
+            "both_TFLOPs": 2 * 5 * products / ms["native"]["median_ms"] / 1e9,
+        }
+    ]  # fmt: skip
+
+
 def peak_memory() -> list[dict[str, Any]]:
     """Training at T=100, N=1,048,576, W=64: copies of the memory beside the weights kept."""
     steps, slots, width, heads = 100, 1_048_576, 64, 4
@@ -326,6 +353,7 @@ def main() -> None:
         lambda: paper_size(arguments.repeats, arguments.compile_steps),
         lambda: batches(arguments.repeats),
         lambda: streaming(min(arguments.repeats, 7)),
+        lambda: coordinates(arguments.repeats),
         peak_memory,
     ):
         rows = part()

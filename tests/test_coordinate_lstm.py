@@ -77,12 +77,16 @@ def test_float32_is_as_exact_as_the_reference_in_float32(size):
     assert error(found) <= 2 * error(plain)
 
 
-def test_gradcheck():
+def test_first_and_second_derivatives_by_weights():
     gradients, *weights = inputs(3, 6, 3)
     weights = [weight.requires_grad_() for weight in weights]
     assert torch.autograd.gradcheck(lambda *w: coordinate_lstm(gradients, *w), weights)
     assert torch.autograd.gradgradcheck(lambda *w: coordinate_lstm(gradients, *w), weights)
-    tensors = [torch.randn(2, 4, dtype=torch.float64).requires_grad_(), *weights]
+
+
+def test_derivatives_by_gradients():
+    tensors = [torch.randn(2, 4, dtype=torch.float64), *inputs(2, 4, 3)[1:]]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
     assert torch.autograd.gradcheck(coordinate_lstm, tensors)
 
 
@@ -151,8 +155,9 @@ def test_every_instruction_set_of_the_library(isa):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-def test_no_coordinates_and_no_steps():
-    _, *weights = inputs(1, 1, 3)
+@pytest.mark.parametrize("hidden", [3, 20])
+def test_no_coordinates_and_no_steps(hidden):
+    _, *weights = inputs(1, 1, hidden)
     for weight in weights:
         weight.requires_grad_()
     made = coordinate_lstm(torch.empty(4, 0, dtype=torch.float64), *weights)
@@ -160,6 +165,9 @@ def test_no_coordinates_and_no_steps():
     assert not any(g.any() for g in torch.autograd.grad(made.sum(), weights))
     made = coordinate_lstm(torch.empty(0, 5, dtype=torch.float64), *weights)
     torch.testing.assert_close(made, weights[-1].expand(5))
+    *of_others, of_bias = torch.autograd.grad(made.sum(), weights)
+    assert of_bias.item() == 5
+    assert not any(g.any() for g in of_others)
 
 
 @pytest.mark.parametrize("name", NAMES)

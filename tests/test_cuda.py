@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from mann_ext import LRUAMemory, _library, ops
 from mann_ext._library import backend
 from mann_ext.models import MANN
-from tests import test_content, test_lrua, test_lstm_lrua, test_ntm
+from tests import test_content, test_coordinate_lstm, test_lrua, test_lstm_lrua, test_ntm
 from tests.samples import Sample, deferred_lrua_samples, lrua_samples
 
 DEVICE = torch.device("cuda")
@@ -53,6 +53,7 @@ def on_gpu() -> Iterator[None]:
         mock.patch.object(test_ntm.ops, "ntm_scan", moved(ops.ntm_scan)),
         mock.patch.object(test_content.ops, "content_read", moved(ops.content_read)),
         mock.patch.object(test_lstm_lrua.ops, "lstm_lrua_scan", moved(ops.lstm_lrua_scan)),
+        mock.patch.object(test_coordinate_lstm, "coordinate_lstm", moved(ops.coordinate_lstm)),
         mock.patch.object(test_lrua, "native_slots", _raw(test_lrua.native_slots)),
         mock.patch.object(test_lstm_lrua, "native_slots", _raw(test_lstm_lrua.native_slots)),
     ):
@@ -101,6 +102,11 @@ test_cell_sixteen_bit = test_lstm_lrua.test_sixteen_bit_memory_is_rounded_every_
 test_cell_derivatives = test_lstm_lrua.test_first_and_second_derivatives
 test_cell_one_output = test_lstm_lrua.test_the_gradient_of_one_output_alone
 test_cell_reset = test_lstm_lrua.test_a_reset_forgets_everything_even_nan
+test_coordinates_float64 = test_coordinate_lstm.test_float64_is_the_reference
+test_coordinates_float32 = test_coordinate_lstm.test_float32_is_as_exact_as_the_reference_in_float32
+test_coordinates_derivatives = test_coordinate_lstm.test_first_and_second_derivatives_by_weights
+test_coordinates_lstm = test_coordinate_lstm.test_it_is_an_lstm_and_a_linear_layer
+test_coordinates_empty = test_coordinate_lstm.test_no_coordinates_and_no_steps
 test_content_empty_mask = test_content.test_a_query_that_may_read_nothing_reads_zeros
 
 
@@ -194,6 +200,64 @@ def test_a_cuda_graph_repeats_forward_and_backward(slots: int, form: dict[str, A
         assert torch.equal(x, y)
 
 
+def coordinate_inputs(hidden: int) -> list[torch.Tensor]:
+    """100,003 coordinates, more than the blocks that run at once have."""
+    tensors = [x.to(DEVICE) for x in test_coordinate_lstm.inputs(5, 100_003, hidden, torch.float32)]
+    return [tensors[0], *(tensor.requires_grad_() for tensor in tensors[1:])]
+
+
+def of_coordinates(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = ops.coordinate_lstm(*tensors)
+    return [out, *torch.autograd.grad(out.sin().sum(), tensors[1:])]
+
+
+# 20 is known to the compiler; with 200 units nothing fits in shared memory.
+@pytest.mark.parametrize("hidden", [20, 8, 200])
+def test_coordinates_have_the_same_bits_every_time_and_wait_for_nothing(hidden: int):
+    tensors = coordinate_inputs(hidden)
+    first = of_coordinates(tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        others = []
+        for _ in range(3):
+            torch.full((2**24,), float("nan"), device=DEVICE)  # what is not written would show
+            others.append(of_coordinates(tensors))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("hidden", [20, 8, 200])
+def test_a_cuda_graph_repeats_coordinates(hidden: int):
+    tensors = coordinate_inputs(hidden)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            of_coordinates(tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = of_coordinates(tensors)
+    tensors[0].neg_()
+    graph.replay()
+    assert all(map(torch.equal, captured, of_coordinates(tensors)))
+
+
+def test_more_gradients_than_32_bits_count():
+    steps, count = 2**11, 2**20 + 3
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GB of free GPU memory")
+    _, *weights = (x.to(DEVICE) for x in test_coordinate_lstm.inputs(1, 1, 2, torch.float32))
+    gradients = torch.zeros(steps, count, device=DEVICE)  # more than 2^31 numbers
+    gradients[-3:, -1] = 1.0
+    made = ops.coordinate_lstm(gradients, *weights)
+    expected = ops.coordinate_lstm(gradients[:, -2:].contiguous(), *weights)
+    assert torch.equal(made[-2:], expected)
+    assert made[-1] != made[-2]
+
+
 @pytest.mark.parametrize("slots", [128, 20_000])
 def test_a_cuda_graph_repeats_a_model_with_read_feedback(slots: int):
     torch.manual_seed(0)
@@ -280,6 +344,6 @@ def test_the_module_trains_as_on_the_cpu():
 
 
 def test_the_library_has_every_cuda_kernel():
-    names = {"lrua_scan", "ntm_scan", "content_read", "lstm_lrua_scan"}
+    names = {"lrua_scan", "ntm_scan", "content_read", "lstm_lrua_scan", "coordinate_lstm"}
     names |= {f"{name}_backward" for name in names}
     assert names <= _library.native_operators("cuda")

@@ -23,19 +23,6 @@ const Kernels& kernels(ScalarType dtype) {
   return baseline::coordinate_lstm_kernels(float64);
 }
 
-void check_inputs(const char* op, const Tensor& gradients, const Tensor& weights,
-                  const Tensor& output) {
-  const ScalarType dtype = gradients.scalar_type();
-  require(gradients.dim() == 2 && output.dim() == 1 && output.size(0) > 1,
-          std::string(op) + ": expected gradients (T, P) and output (H + 1)");
-  require(dtype == ScalarType::Float || dtype == ScalarType::Double,
-          std::string(op) + ": gradients must be float32 or float64");
-  const int64_t H = output.size(0) - 1;
-  require(gradients.is_contiguous(), std::string(op) + ": gradients must be contiguous");
-  check_tensor(op, "weights", weights, {4 * H, H + kExtra}, dtype);
-  check_tensor(op, "output", output, {H + 1}, dtype);
-}
-
 struct Packed {
   Packed(const Kernels& k, int64_t hidden, int64_t partial_bytes)
       : of_units(weight_gradients(hidden) * k.bytes),
@@ -52,9 +39,8 @@ struct Packed {
 };
 
 Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
-  check_inputs("coordinate_lstm", gradients, weights, output);
+  const auto [T, P, H] = check_arguments("coordinate_lstm", gradients, weights, output);
   const ScalarType dtype = gradients.scalar_type();
-  const int64_t T = gradients.size(0), P = gradients.size(1), H = output.size(0) - 1;
   Tensor out = new_tensor(gradients, {P}, dtype);
   const Kernels& k = kernels(dtype);
   const Packed packed(k, H, 0);
@@ -78,11 +64,9 @@ Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
 
 std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor gradients,
                                                     Tensor weights, Tensor output) {
-  constexpr const char* op = "coordinate_lstm_backward";
-  check_inputs(op, gradients, weights, output);
+  const auto [T, P, H] =
+      check_backward("coordinate_lstm_backward", grad_out, gradients, weights, output);
   const ScalarType dtype = gradients.scalar_type();
-  const int64_t T = gradients.size(0), P = gradients.size(1), H = output.size(0) - 1;
-  check_tensor(op, "grad_out", grad_out, {P}, dtype);
   Tensor grad_weights = new_tensor(gradients, {4 * H, H + kExtra}, dtype);
   Tensor grad_output = new_tensor(gradients, {H + 1}, dtype);
   const Kernels& k = kernels(dtype);

@@ -1,7 +1,7 @@
 // What the coordinate_lstm driver (coordinate_lstm.cpp) and its kernels share.
 #pragma once
 
-#include <cstdint>
+#include "coordinate_lstm_tensors.h"
 
 namespace mann_ext::coordinate_lstm {
 
@@ -18,10 +18,8 @@ struct Arguments {
   double* partial;            // [chunks][4H * columns + H + 1], the gradients of each chunk
 };
 
-constexpr int64_t kExtra = 3;  // inputs besides h: two of a gradient, and 1 for the bias
 // Columns are summed four at a time.
 inline int64_t padded(int64_t hidden) { return (hidden + kExtra + 3) / 4 * 4; }
-inline int64_t weight_gradients(int64_t hidden) { return 4 * hidden * (hidden + kExtra); }
 inline int64_t partial_size(int64_t hidden) { return weight_gradients(hidden) + hidden + 1; }
 
 // Coordinates whose gradients are summed by themselves, whichever thread does it. In float64 from

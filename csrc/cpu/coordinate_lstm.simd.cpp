@@ -104,15 +104,15 @@ struct CoordinateLSTM {
 
   // (log|g| / 7, sign g), or (-1, e^7 g) where |g| < e^-7.
   static void load_gradients(const A* gradients, int64_t count, A* size, A* sign) {
-    constexpr A kSmallest = A(9.118819655545162080e-4), kLargest = A(1096.633158428458599);
+    constexpr A smallest = A(kSmallest), largest = A(kLargest);
     std::copy_n(gradients, count, sign);
     std::fill(sign + count, sign + kBlock, A(0));
     for (int64_t i = 0; i < kBlock; i += kLanesHere) {
       const V g = load<A>(sign + i);
       V magnitude = g < A(0) ? -g : g;
-      magnitude = magnitude < kSmallest ? broadcast<A>(kSmallest) : magnitude;
+      magnitude = magnitude < smallest ? broadcast<A>(smallest) : magnitude;
       store<A>(size + i, logarithm<A>(magnitude) * A(1.0 / 7));
-      V scaled = g * kLargest;
+      V scaled = g * largest;
       scaled = scaled > A(1) ? broadcast<A>(A(1)) : scaled;
       store<A>(sign + i, scaled < A(-1) ? broadcast<A>(A(-1)) : scaled);
     }

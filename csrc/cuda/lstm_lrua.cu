@@ -16,6 +16,8 @@ namespace mann_ext::cuda::lstm_lrua {
 namespace {
 
 namespace tensors = mann_ext::lstm_lrua;
+using cuda::lrua::hyperbolic_tangent;
+using cuda::lrua::sigmoid;
 using mann_ext::lstm_lrua::kSoftplusThreshold;
 using tensors::Given;
 using tensors::Sizes;
@@ -56,16 +58,10 @@ struct Backward {
   A* grad_reads_in;    // [B][R W]
 };
 
-__device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
-__device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
 __device__ __forceinline__ float less_one(float x) { return expm1f(x); }
 __device__ __forceinline__ double less_one(double x) { return expm1(x); }
 __device__ __forceinline__ float log_plus_one(float x) { return log1pf(x); }
 __device__ __forceinline__ double log_plus_one(double x) { return log1p(x); }
-template <class A>
-__device__ __forceinline__ A sigmoid(A x) {
-  return A(1) / (A(1) + lrua::exponential(-x));
-}
 template <class A>
 __device__ __forceinline__ A softplus(A x) {
   return x > A(kSoftplusThreshold) ? x : log_plus_one(lrua::exponential(x));

@@ -22,6 +22,7 @@ using cuda::lrua::exponential;
 using cuda::lrua::larger;
 using cuda::lrua::largest_in_warp;
 using cuda::lrua::length_by_warp;
+using cuda::lrua::logarithm;
 using cuda::lrua::pointer;
 using cuda::lrua::square_root;
 using tensors::Given;
@@ -33,9 +34,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowLanes = 8;  // that share a row
 constexpr int kRowStep = kThreads / kRowLanes;
 constexpr int kGroup = 4;  // heads at a time, whose sums are in registers
-
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-__device__ __forceinline__ double logarithm(double x) { return log(x); }
 
 // x^y for x in [0, 1] and y at least 0, as of real numbers.
 template <class A>
