@@ -69,8 +69,8 @@ inline int64_t steps_a_chunk(const Sizes& s, ScalarType dtype, int64_t asked, bo
   // up to date by differences, is lost.
   if (s.width < 4) return 1;
   if (asked == 0) {
-    // The fewest bytes. It pays where the memory does not stay in cache and rows are long; with more
-    // than two heads arithmetic is what takes the time, and there is as much of it.
+    // The fewest bytes. It pays where the memory does not stay in cache and rows are long; with
+    // more than two heads arithmetic is what takes the time, and there is as much of it.
     if (s.slots * s.width < kDeferNumbers || s.width < 32 * s.heads || s.heads > 2) return 1;
     asked = std::llround(2 * std::sqrt(static_cast<double>(s.width) / s.heads));
   }

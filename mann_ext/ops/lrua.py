@@ -92,8 +92,8 @@ def lrua_scan(
         chunk: steps, at most 32, whose writes are deferred and made up for in one pass over a
             memory that does not fit in cache: the same numbers to rounding from up to 4 times fewer
             bytes. 1: none; None: as many as move the fewest bytes where that pays (large memories
-            with W >= 32 R and at most 2 heads). Never deferred: 16-bit memories, memories with snapshots, memories that
-            fit on chip on a GPU, fewer than 4 columns, and the backward pass.
+            with W >= 32 R and R <= 2). Never deferred: 16-bit memories, memories with snapshots,
+            memories that fit on chip on a GPU, fewer than 4 columns, and the backward pass.
 
     Returns:
         reads (T, B, R, W), and memory, read_weights and usage after the last step.
