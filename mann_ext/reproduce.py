@@ -264,16 +264,14 @@ def readme_marks(name: str) -> tuple[str, str]:
 
 
 def write_readme(path: Path) -> None:
-    """Put each of `readme_blocks` between its marks in a Markdown file; only those of "results"
-    have to be there."""
+    """Put each of `readme_blocks` between its marks in a Markdown file."""
     from mann_ext.checkpoint import replace_file
 
     text = path.read_text()
     for name, block in readme_blocks().items():
         start, end = readme_marks(name)
-        if name == "results" or start in text or end in text:
-            before, _, after = split_readme(text, name)
-            text = f"{before}{start}\n{block}\n{end}{after}"
+        before, _, after = split_readme(text, name)
+        text = f"{before}{start}\n{block}\n{end}{after}"
     replace_file(path, text.encode())
     print(f"results: {path}")
 

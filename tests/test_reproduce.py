@@ -296,25 +296,18 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
 
 def test_the_readme_shows_what_the_kept_results_say(tmp_path: Path) -> None:
     text = (REPOSITORY / "README.md").read_text()
-    for name, block in reproduce.readme_blocks().items():
-        if name == "results" or reproduce.readme_marks(name)[0] in text:
-            shown = reproduce.split_readme(text, name)[1].strip()
-            assert shown == block, "mann-ext reproduce --readme README.md"
-
     stale = tmp_path / "README.md"
-    before, _, after = reproduce.split_readme(text)
-    stale.write_text(before + "<!-- results -->\nold\n<!-- /results -->" + after)
-    reproduce.write_readme(stale)
-    assert stale.read_text() == text
-    stale.write_text(f"{text}\n<!-- metanet -->\n<!-- /metanet -->\n")
-    reproduce.write_readme(stale)
-    assert "| model | 5-way | 10-way | 15-way | 20-way |" in stale.read_text()
-    stale.write_text("no marks")
-    with pytest.raises(ConfigError, match="expected <!-- results -->"):
+    for name, block in reproduce.readme_blocks().items():
+        before, shown, after = reproduce.split_readme(text, name)
+        assert shown.strip() == block, "mann-ext reproduce --readme README.md"
+
+        start, end = reproduce.readme_marks(name)
+        stale.write_text(f"{before}{start}\nold\n{end}{after}")
         reproduce.write_readme(stale)
-    stale.write_text(f"{text}\n<!-- metanet -->\n")
-    with pytest.raises(ConfigError, match="expected <!-- metanet --> and then"):
-        reproduce.write_readme(stale)
+        assert stale.read_text() == text
+        stale.write_text(before + after)
+        with pytest.raises(ConfigError, match=f"expected {start} and then {end}"):
+            reproduce.write_readme(stale)
 
 
 @pytest.mark.parametrize("name", REPRODUCTIONS)
