@@ -244,7 +244,7 @@ def readme_blocks() -> dict[str, str]:
     }
 
 
-def split_readme(text: str, name: str = "results") -> tuple[str, str, str]:
+def split_readme(text: str, name: str) -> tuple[str, str, str]:
     """What is before, between and after the marks of this name.
 
     Raises:
