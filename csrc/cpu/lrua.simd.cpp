@@ -48,10 +48,31 @@ struct LeastUsed {
       best[i] = best[i - 1];
     best[i] = {usage, slot};
   }
-  // Offers the slots first .. first + kTile that exist.
-  MANN_EXT_INLINE void offer_tile(const A* usage, int64_t first, int64_t slots) const {
+  // A number that the n-th smallest of `count` usages (whole vectors) does not exceed: the largest
+  // of the minima of n or more groups of them. NaN where there is none.
+  A limit(const A* usage, int64_t count) const {
+    constexpr int L = kLanes<A>;
+    if (n > L || count == 0) return std::numeric_limits<A>::quiet_NaN();
+    Vec<A> least = broadcast<A>(std::numeric_limits<A>::infinity());
+    for (int64_t i = 0; i < count; i += L) {
+      const Vec<A> u = load<A>(usage + i);
+      least = u < least ? u : least;
+    }
+    alignas(kVectorBytes) A groups[L];
+    store<A>(groups, least);
+    int size = L;
+    for (; size / 2 >= n; size /= 2)
+      for (int i = 0; i < size / 2; ++i) groups[i] = std::min(groups[i], groups[i + size / 2]);
+    const A most = *std::max_element(groups, groups + size);
+    // Infinity: there may be too few numbers.
+    return most <= std::numeric_limits<A>::max() ? most : std::numeric_limits<A>::quiet_NaN();
+  }
+  // Offers the slots first .. first + kTile that exist and do not exceed `limit`.
+  MANN_EXT_INLINE void offer_tile(const A* usage, int64_t first, int64_t slots, A limit) const {
     for (int64_t lane = 0; lane < kTile; lane += kLanes<A>) {
-      uint32_t open = lanes_not_at_least<A>(load<A>(usage + lane), bound());
+      const Vec<A> u = load<A>(usage + lane);
+      uint32_t open = lanes_where<Compare::kNotAtLeast, A>(u, bound()) &
+                      ~lanes_where<Compare::kAbove, A>(u, limit);
       while (open != 0) {
         const int64_t i = lane + __builtin_ctz(open);
         open &= open - 1;
@@ -258,9 +279,12 @@ struct Scan {
   static void offer_block(const Shape& s, const ForwardScratch& scratch, int64_t block) {
     const LeastUsed<A> least{scratch.candidates + block * s.chosen, s.chosen};
     least.clear();
-    const int64_t end = std::min(s.tiles, (block + 1) * s.block_tiles);
-    for (int64_t tile = block * s.block_tiles; tile < end; ++tile)
-      least.offer_tile(scratch.usage + tile * kTile, tile * kTile, s.slots);
+    const int64_t begin = block * s.block_tiles;
+    const int64_t end = std::min(s.tiles, begin + s.block_tiles);
+    const int64_t whole = std::min(end, s.slots / kTile);  // the others have slots that are not
+    const A limit = least.limit(scratch.usage + begin * kTile, (whole - begin) * kTile);
+    for (int64_t tile = begin; tile < end; ++tile)
+      least.offer_tile(scratch.usage + tile * kTile, tile * kTile, s.slots, limit);
   }
 
   // Merges the blocks' candidates, ascending, into the slots that step t + 1 erases and writes.
@@ -950,8 +974,12 @@ struct Scan {
       const A key_norm = norm(keys + r * s.width, s.width);
       const A own = sums[2 * rw + 3 * s.heads + r];
       const A along = key_norm > A(0) ? own / key_norm : A(0);
-      for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i)
-        grad_keys[i] = sums[i] - along * keys[i];
+      const A* contents = sums + rw;
+      for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i) {
+        const A addressed = sums[i] - along * keys[i];
+        // Without contents of their own the keys are what is written.
+        grad_keys[i] = grad_contents == nullptr ? addressed + contents[i] : addressed;
+      }
       const A previous = sums[2 * rw + r];
       const int64_t head = at(s, t, b) * s.heads + r;
       static_cast<A*>(p.grad_gates)[head] = previous - sums[2 * rw + s.heads + r];
@@ -959,10 +987,7 @@ struct Scan {
         static_cast<A*>(p.grad_strengths)[head] = sums[2 * rw + 2 * s.heads + r];
       scratch.carry[r] = resets(p.in, s, t, b) ? A(0) : gate(p.in, s, t, b)[r] * previous;
     }
-    if (grad_contents != nullptr)
-      std::copy(sums + rw, sums + 2 * rw, grad_contents);
-    else  // the keys are what is written
-      for (int64_t i = 0; i < rw; ++i) grad_keys[i] += sums[rw + i];
+    if (grad_contents != nullptr) std::copy(sums + rw, sums + 2 * rw, grad_contents);
   }
 
   static void backward_end(const Backward& p, void* base, int64_t b) {

@@ -297,27 +297,38 @@ inline void lane_sums(const A* vectors, int64_t count, A* out) {
   for (; i < count; ++i) out[i] = sum_lanes<A>(load<A>(vectors + i * L));
 }
 
-// Bit i is set where !(v[i] >= bound): smaller, or either one NaN.
-template <class A>
-MANN_EXT_INLINE uint32_t lanes_not_at_least(Vec<A> v, A bound) {
+enum class Compare {
+  kNotAtLeast,  // !(v >= bound): smaller, or either one NaN
+  kAbove,       // v > bound
+};
+
+// Bit i is set where v[i] compares so with the bound.
+template <Compare compare, class A>
+MANN_EXT_INLINE uint32_t lanes_where(Vec<A> v, A bound) {
   const Vec<A> limit = broadcast<A>(bound);
+#if defined(__AVX512F__) || defined(__AVX2__)
+  constexpr int predicate = compare == Compare::kAbove ? _CMP_GT_OQ : _CMP_NGE_UQ;
+#endif
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4)
     return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(limit),
-                              _CMP_NGE_UQ);
+                              predicate);
   else
     return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(v), reinterpret_cast<__m512d>(limit),
-                              _CMP_NGE_UQ);
+                              predicate);
 #elif defined(__AVX2__)
   if constexpr (sizeof(A) == 4)
     return static_cast<uint32_t>(_mm256_movemask_ps(
-        _mm256_cmp_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256>(limit), _CMP_NGE_UQ)));
+        _mm256_cmp_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256>(limit), predicate)));
   else
-    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(
-        reinterpret_cast<__m256d>(v), reinterpret_cast<__m256d>(limit), _CMP_NGE_UQ)));
+    return static_cast<uint32_t>(_mm256_movemask_pd(
+        _mm256_cmp_pd(reinterpret_cast<__m256d>(v), reinterpret_cast<__m256d>(limit), predicate)));
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes<A>; ++i) bits |= static_cast<uint32_t>(!(v[i] >= limit[i])) << i;
+  for (int i = 0; i < kLanes<A>; ++i)
+    bits |=
+        static_cast<uint32_t>(compare == Compare::kAbove ? v[i] > limit[i] : !(v[i] >= limit[i]))
+        << i;
   return bits;
 #endif
 }

@@ -21,10 +21,12 @@ def check_shape(
 ) -> None:
     """Sizes that are names in ``shape`` may be anything; ``because``: what the others come from."""
     # Nothing is formatted unless it fails: that would fix a size that torch.compile left open.
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == size
-        for want, size in zip(shape, tensor.shape, strict=True)
-    )
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    if fits:
+        for want, size in zip(shape, sizes, strict=True):
+            if want != size and not isinstance(want, str):
+                fits = False
     if not fits:
         reasons = [
             x if isinstance(x, str) else f"{other} has shape {describe(x.shape)}"
@@ -120,9 +122,13 @@ def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     ``apply`` inspects the signature for defaults at every call, more than half of what a call costs
     in Python; where no transform of torch.func is at work, what it then calls is called at once.
+    And where nothing is recorded (inference, and a backward pass without ``create_graph``) that is
+    the operator itself.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
