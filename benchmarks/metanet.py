@@ -88,7 +88,7 @@ def looped_logits(model: MetaNet, support: Tensor, labels: Tensor, queries: Tens
     for query in queries:
         represented = net(model.embedding, query, *embedding_fast, features=True)
         norms = keys.norm(dim=-1) * represented.norm()
-        read = (keys @ represented / (norms + 1e-8)).softmax(0)
+        read = (model.read_strength * (keys @ represented) / (norms + 1e-8)).softmax(0)
         fast = [
             sum((a * w for a, w in zip(read, stored, strict=True)), torch.zeros(()))
             for stored in zip(*memory, strict=True)

@@ -34,9 +34,9 @@ def task(ways=3, shots=2, queries=4):
 
 
 @variants
-@pytest.mark.parametrize("task_examples", [None, 2])
-def test_the_model_is_its_loop_over_examples(variant, task_examples):
-    model, inputs = make(variant, task_examples=task_examples), task()
+@pytest.mark.parametrize("options", [{}, {"task_examples": 2}, {"read_strength": 7.5}])
+def test_the_model_is_its_loop_over_examples(variant, options):
+    model, inputs = make(variant, **options), task()
     made, looped = model(*inputs), looped_logits(model, *inputs)
     torch.testing.assert_close(made, looped)
     weights = torch.randn_like(made)
@@ -238,6 +238,7 @@ def test_bad_inputs_are_named(inputs, error, message):
         ({"variant": "star"}, "variant one of .*, got 'star'"),
         ({"ways": 0}, "ways to be a whole number of at least 1, got 0"),
         ({"task_examples": 0}, "task_examples"),
+        ({"read_strength": 0.0}, "read_strength > 0, got 0.0"),
     ],
 )
 def test_bad_options_are_named(options, message):

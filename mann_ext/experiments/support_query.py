@@ -33,12 +33,16 @@ class LearnerConfig:
     too."""
     filters: int = 64
     """Of each convolution."""
+    read_strength: float = 30.0
+    """MetaNet: of reading fast weights; 1 in the paper."""
     second_order: bool = False
     """MetaNet: differentiate through the gradients that make its fast weights."""
 
     def __post_init__(self) -> None:
         if self.filters < 1:
             raise ConfigError(f"filters: expected at least 1, got {self.filters}")
+        if not self.read_strength > 0:
+            raise ConfigError(f"read_strength: expected more than 0, got {self.read_strength}")
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def build_model(config: LearnerConfig, ways: int, image_size: int, channels: int
     if config.kind == "metanet":
         return models.MetaNet(
             ways, config.variant, config.filters, image_size, config.second_order,
-            channels=channels,
+            channels=channels, read_strength=config.read_strength,
         )  # fmt: skip
     return METRIC_NETS[config.kind](config.filters, image_size, channels=channels)
 

@@ -63,7 +63,7 @@ class MetaNet(nn.Module):
         Q*   = d(g_1, ..., g_T)                                       task-level fast weights
         W*_i = m(gradient of the loss of the base learner b on support example i, by W)
         r'_i = u(Q, Q*, x'_i)                  the memory: keys r'_i, values W*_i
-        a    = softmax_i(cosine(u(Q, Q*, x), r'_i))       W* = sum_i a_i W*_i
+        a    = softmax_i(beta cosine(u(Q, Q*, x), r'_i))  W* = sum_i a_i W*_i
         p(y | x) = softmax b(W, W*, x)
 
     where a layer with fast weights computes relu(W x) + relu(W* x), and the last one W x + W* x.
@@ -85,6 +85,8 @@ class MetaNet(nn.Module):
         blocks: convolutions, each halving the image.
         meta_size: hidden units of m and d.
         task_examples: T, how many support examples (those of the largest loss) d sees; None: all.
+        read_strength: beta, the same for all queries. The paper has 1, with which the weight of the
+            best of 5 examples is at most 0.65 and one step learns from a blur of them.
         second_order: True: training differentiates through the gradients too; False: they are
             inputs like others, as in the authors' code.
         device, dtype: of the parameters.
@@ -109,6 +111,7 @@ class MetaNet(nn.Module):
         blocks: int = 5,
         meta_size: int = 20,
         task_examples: int | None = None,
+        read_strength: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -120,7 +123,10 @@ class MetaNet(nn.Module):
         )  # fmt: skip
         if variant not in VARIANTS:
             raise ValueError(f"MetaNet: expected variant one of {VARIANTS}, got {variant!r}")
+        if not read_strength > 0:
+            raise ValueError(f"MetaNet: expected read_strength > 0, got {read_strength}")
         self.ways, self.variant, self.second_order = ways, variant, second_order
+        self.read_strength = read_strength
         self.filters, self.image_size, self.channels = filters, image_size, channels
         self.width, self.blocks, self.meta_size = width, blocks, meta_size
         self.task_examples = task_examples
@@ -193,7 +199,10 @@ class MetaNet(nn.Module):
         return model
 
     def extra_repr(self) -> str:
-        return f"ways={self.ways}, variant={self.variant!r}, second_order={self.second_order}"
+        return (
+            f"ways={self.ways}, variant={self.variant!r}, "
+            f"read_strength={self.read_strength:g}, second_order={self.second_order}"
+        )
 
     def forward(self, support: Tensor, support_labels: Tensor, queries: Tensor) -> Tensor:
         """Classify queries after one look at the support examples.
@@ -223,7 +232,9 @@ class MetaNet(nn.Module):
             task_weights.append(self._task_weights(kept, losses))
         shots = support.shape[0]
         represented = features(torch.cat([support, queries]), *task_weights)
-        read_weights = content_read(represented[shots:], represented[:shots]).weights
+        keys, asked = represented[:shots], represented[shots:]
+        strengths = asked.new_full(asked.shape[:1], self.read_strength)
+        read_weights = content_read(asked, keys, strengths=strengths).weights
         fast = {
             name: (read_weights @ weight.flatten(1)).view(-1, *weight.shape[1:])
             for name, weight in example_weights.items()
