@@ -53,6 +53,10 @@ STABLE_TORCH_LIBRARY(mann_ext, m) {
   m.def(
       "coordinate_lstm_backward(Tensor grad_out, Tensor gradients, Tensor weights, "
       "Tensor output) -> (Tensor grad_weights, Tensor grad_output)");
+  m.def("relu_pool(Tensor a, Tensor? b, Tensor? c) -> (Tensor out, Tensor where)");
+  m.def(
+      "relu_pool_backward(Tensor grad, Tensor where, int height, int width, int parts) -> "
+      "(Tensor grad_a, Tensor grad_b, Tensor grad_c)");
   m.def(
       "lstm_lrua_scan(Tensor x, Tensor h, Tensor c, Tensor reads, Tensor memory, "
       "Tensor read_weights, Tensor usage, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mann_ext.ops.coordinate_lstm import coordinate_lstm
+from mann_ext.ops.relu_pool import relu_pool
 from mann_ext.reference import gradient_features
 
 __all__ = [
@@ -118,6 +119,10 @@ class FastConv2d(nn.Conv2d):
         Raises:
             ValueError: fast weights of another shape.
         """
+        return _combine(self.parts(x, *fast), self.activation)
+
+    def parts(self, x: Tensor, *fast: Tensor) -> list[Tensor]:
+        """What the activation is applied to: by the slow weights, and by each fast one."""
         parts = [self._convolve(x, self.weight, 1, self.bias)]
         for weight in fast:
             if _is_shared("FastConv2d", weight, self.weight, x):
@@ -128,7 +133,7 @@ class FastConv2d(nn.Conv2d):
                     x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), groups=batch
                 )
                 parts.append(grouped.view(batch, -1, *grouped.shape[2:]))
-        return _combine(parts, self.activation)
+        return parts
 
     def _convolve(
         self, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None
@@ -142,6 +147,9 @@ class FastConv2d(nn.Conv2d):
 
 class FastSequential(nn.Sequential):
     """``nn.Sequential`` that hands fast weights to those of its layers they are for.
+
+    A convolution, its ReLU and the 2 x 2 max-pooling after it end in one operator
+    (:func:`mann_ext.ops.relu_pool`).
 
     Example:
         >>> net = FastSequential(FastLinear(6, 4), FastLinear(4, 2, activation=None))
@@ -162,9 +170,19 @@ class FastSequential(nn.Sequential):
                     f"FastSequential: no fast layer has the weight {name!r}; there are "
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
-        for name, layer in self.named_children():
-            if isinstance(layer, (FastLinear, FastConv2d)):
-                x = layer(x, *(m[key] for m in fast if (key := f"{name}.weight") in m))
+        layers = [*self.named_children()]
+        pooled = False  # by the layer before
+        for i, (name, layer) in enumerate(layers):
+            following = layers[i + 1][1] if i + 1 < len(layers) else None
+            if pooled:
+                pooled = False
+            elif isinstance(layer, (FastLinear, FastConv2d)):
+                weights = [m[key] for m in fast if (key := f"{name}.weight") in m]
+                pooled = _pools(layer, following, weights)
+                if pooled:
+                    x = relu_pool(*cast(FastConv2d, layer).parts(x, *weights))
+                else:
+                    x = layer(x, *weights)
             else:
                 x = layer(x)
         return x
@@ -391,6 +409,22 @@ class MetaLearner(nn.Module):
                 parts = learner(torch.cat(list(chosen.values()), 1)).split(sizes, -1)
                 made |= zip(chosen, parts, strict=True)
         return {name: made[name].unflatten(-1, g.shape[1:]) for name, g in gradients.items()}
+
+
+def _pools(layer: nn.Module, following: nn.Module | None, weights: list[Tensor]) -> bool:
+    """Whether the layer's ReLU and the one after it are what relu_pool computes."""
+    return (
+        isinstance(layer, FastConv2d)
+        and layer.activation == "relu"
+        and len(weights) <= 2
+        and type(following) is nn.MaxPool2d
+        and following.kernel_size in (2, (2, 2))
+        and following.stride in (2, (2, 2))
+        and following.padding in (0, (0, 0))
+        and following.dilation in (1, (1, 1))
+        and following.ceil_mode
+        and not following.return_indices
+    )
 
 
 def _checked_activation(module: str, activation: Activation) -> Activation:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = [
     "LRUATrace",
@@ -39,6 +40,7 @@ __all__ = [
     "ntm_address",
     "ntm_scan",
     "ntm_write",
+    "relu_pool",
     "write_weights",
 ]
 
@@ -501,3 +503,12 @@ def coordinate_lstm(
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
     return (h @ weight_out.T + bias_out).squeeze(-1)
+
+
+def relu_pool(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+    """max_pool2d of relu(a) + relu(b) + relu(c), windows of 2 x 2, the last ones cut off."""
+    total = F.relu(a)
+    for part in (b, c):
+        if part is not None:
+            total = total + F.relu(part)
+    return F.max_pool2d(total, 2, ceil_mode=True)

@@ -13,7 +13,14 @@ from torch.utils._pytree import tree_map_only
 from mann_ext import LRUAMemory, _library, ops
 from mann_ext._library import backend
 from mann_ext.models import MANN
-from tests import test_content, test_coordinate_lstm, test_lrua, test_lstm_lrua, test_ntm
+from tests import (
+    test_content,
+    test_coordinate_lstm,
+    test_lrua,
+    test_lstm_lrua,
+    test_ntm,
+    test_relu_pool,
+)
 from tests.samples import Sample, deferred_lrua_samples, lrua_samples
 
 DEVICE = torch.device("cuda")
@@ -54,6 +61,7 @@ def on_gpu() -> Iterator[None]:
         mock.patch.object(test_content.ops, "content_read", moved(ops.content_read)),
         mock.patch.object(test_lstm_lrua.ops, "lstm_lrua_scan", moved(ops.lstm_lrua_scan)),
         mock.patch.object(test_coordinate_lstm, "coordinate_lstm", moved(ops.coordinate_lstm)),
+        mock.patch.object(test_relu_pool, "relu_pool", moved(ops.relu_pool)),
         mock.patch.object(test_lrua, "native_slots", _raw(test_lrua.native_slots)),
         mock.patch.object(test_lstm_lrua, "native_slots", _raw(test_lstm_lrua.native_slots)),
     ):
@@ -107,6 +115,9 @@ test_coordinates_float32 = test_coordinate_lstm.test_float32_is_as_exact_as_the_
 test_coordinates_derivatives = test_coordinate_lstm.test_first_and_second_derivatives_by_weights
 test_coordinates_lstm = test_coordinate_lstm.test_it_is_an_lstm_and_a_linear_layer
 test_coordinates_empty = test_coordinate_lstm.test_no_coordinates_and_no_steps
+test_pool_float = test_relu_pool.test_values_and_gradients_are_exactly_the_reference_s
+test_pool_nan = test_relu_pool.test_nan_and_infinity_stay_what_they_are
+test_pool_derivatives = test_relu_pool.test_first_and_second_derivatives
 test_content_empty_mask = test_content.test_a_query_that_may_read_nothing_reads_zeros
 
 
@@ -344,6 +355,8 @@ def test_the_module_trains_as_on_the_cpu():
 
 
 def test_the_library_has_every_cuda_kernel():
-    names = {"lrua_scan", "ntm_scan", "content_read", "lstm_lrua_scan", "coordinate_lstm"}
+    names = {
+        "lrua_scan", "ntm_scan", "content_read", "lstm_lrua_scan", "coordinate_lstm", "relu_pool",
+    }  # fmt: skip
     names |= {f"{name}_backward" for name in names}
     assert names <= _library.native_operators("cuda")

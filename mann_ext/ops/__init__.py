@@ -6,6 +6,7 @@ from mann_ext.ops.lrua import HISTORY_BUDGET, LRUAScanOutput, lrua_scan, lrua_st
 from mann_ext.ops.lstm import LSTMScanOutput, lstm_scan
 from mann_ext.ops.lstm_lrua import LSTMLRUAScanOutput, lstm_lrua_scan
 from mann_ext.ops.ntm import NTMScanOutput, ntm_scan
+from mann_ext.ops.relu_pool import relu_pool
 
 __all__ = [
     "HISTORY_BUDGET",
@@ -21,4 +22,5 @@ __all__ = [
     "lstm_lrua_scan",
     "lstm_scan",
     "ntm_scan",
+    "relu_pool",
 ]
