@@ -604,7 +604,7 @@ struct Scan {
       initial = arena.take<A>(s.heads * s.padded);
       fresh = arena.take<A>(p.in.reset == nullptr ? 0 : s.heads * s.padded);
       carry = arena.take<A>(s.heads);
-      partial = arena.take<A>(s.blocks * partial_size(s));
+      partial = arena.take<A>(s.blocks * partial_size(p));
       bytes = arena.used();
     }
     const A* read_weights(const Backward& p, int64_t b, int64_t t) const {
@@ -617,10 +617,13 @@ struct Scan {
     }
   };
 
-  // A block's sums: gradients of keys and contents [R][W] each, then [R] each of
-  // sum dw_w * w_prev, sum dw_w * lu, sum ds * cos (for the strength), sum of the cosine's own
-  // term.
-  static int64_t partial_size(const Shape& s) { return s.heads * (2 * s.width + 4); }
+  // A block's sums: gradients of keys and of contents, [R][W] each, or of both where the keys are
+  // what is written; then [R] each of sum dw_w * w_prev, sum dw_w * lu, sum ds * cos (for the
+  // strength), sum of the cosine's own term.
+  static int64_t row_sums(const Backward& p) {
+    return (p.grad_contents == nullptr ? 1 : 2) * p.shape.heads * p.shape.width;
+  }
+  static int64_t partial_size(const Backward& p) { return row_sums(p) + 4 * p.shape.heads; }
 
   static bool has_snapshot(const Backward& p, int64_t t) {
     return p.options.snapshot_every > 0 && (t + 1) % p.options.snapshot_every == 0;
@@ -782,10 +785,8 @@ struct Scan {
     A* vectors = room.take<A>(2 * heads * s.width * kLanes<A>);
     S* replayed = room.take<S>(tile_size);
 
-    A* partial = scratch.partial + tile0 / s.block_tiles * partial_size(s);
-    A* key_sums = partial;
-    A* content_sums = key_sums + heads * s.width;
-    A* previous_sums = content_sums + heads * s.width;
+    A* partial = scratch.partial + tile0 / s.block_tiles * partial_size(p);
+    A* previous_sums = partial + row_sums(p);
     A* chosen_sums = previous_sums + heads;
     A* strength_sums = chosen_sums + heads;
     A* own_sums = strength_sums + heads;
@@ -854,14 +855,15 @@ struct Scan {
       }
     }
 
+    const bool apart = p.grad_contents != nullptr;
     for_head_groups(heads, [&](int64_t r, auto G) {
       column_sums<A, M, G>(tiles, tile1 - tile0, s.width, x + r * block_slots, block_slots,
                            vectors + r * s.width * kLanes<A>, true);
       column_sums<A, A, G>(scratch.grad + tile0 * tile_size, tile1 - tile0, s.width,
                            write + r * block_slots, block_slots,
-                           vectors + (heads + r) * s.width * kLanes<A>, true);
+                           vectors + (apart ? heads + r : r) * s.width * kLanes<A>, apart);
     });
-    lane_sums(vectors, 2 * heads * s.width, partial);  // key_sums and content_sums
+    lane_sums(vectors, row_sums(p), partial);
     for (int64_t r = 0; r < heads; ++r) {
       previous_sums[r] = sum_lanes<A>(previous_sum[r]);
       strength_sums[r] = sum_lanes<A>(strength_sum[r]);
@@ -956,7 +958,7 @@ struct Scan {
   static void backward_combine(const Backward& p, void* base, int64_t b, int64_t t) {
     const Shape& s = p.shape;
     const BackwardScratch scratch(p, base);
-    const int64_t size = partial_size(s);
+    const int64_t size = partial_size(p);
     // The blocks' sums, added up in the first one's place.
     A* sums = scratch.partial;
     if (s.blocks > 1)
@@ -966,28 +968,24 @@ struct Scan {
         sums[i] = static_cast<A>(sum);
       }
     const int64_t rw = s.heads * s.width;
+    const A* of_heads = sums + row_sums(p);
     const A* keys = key(p.in, s, t, b);
     A* grad_keys = static_cast<A*>(p.grad_keys) + at(s, t, b) * rw;
-    A* grad_contents =
-        p.grad_contents ? static_cast<A*>(p.grad_contents) + at(s, t, b) * rw : nullptr;
     for (int64_t r = 0; r < s.heads; ++r) {
       const A key_norm = norm(keys + r * s.width, s.width);
-      const A own = sums[2 * rw + 3 * s.heads + r];
+      const A own = of_heads[3 * s.heads + r];
       const A along = key_norm > A(0) ? own / key_norm : A(0);
-      const A* contents = sums + rw;
-      for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i) {
-        const A addressed = sums[i] - along * keys[i];
-        // Without contents of their own the keys are what is written.
-        grad_keys[i] = grad_contents == nullptr ? addressed + contents[i] : addressed;
-      }
-      const A previous = sums[2 * rw + r];
+      for (int64_t i = r * s.width; i < (r + 1) * s.width; ++i)
+        grad_keys[i] = sums[i] - along * keys[i];
+      const A previous = of_heads[r];
       const int64_t head = at(s, t, b) * s.heads + r;
-      static_cast<A*>(p.grad_gates)[head] = previous - sums[2 * rw + s.heads + r];
+      static_cast<A*>(p.grad_gates)[head] = previous - of_heads[s.heads + r];
       if (p.grad_strengths != nullptr)
-        static_cast<A*>(p.grad_strengths)[head] = sums[2 * rw + 2 * s.heads + r];
+        static_cast<A*>(p.grad_strengths)[head] = of_heads[2 * s.heads + r];
       scratch.carry[r] = resets(p.in, s, t, b) ? A(0) : gate(p.in, s, t, b)[r] * previous;
     }
-    if (grad_contents != nullptr) std::copy(sums + rw, sums + 2 * rw, grad_contents);
+    if (p.grad_contents != nullptr)
+      std::copy(sums + rw, sums + 2 * rw, static_cast<A*>(p.grad_contents) + at(s, t, b) * rw);
   }
 
   static void backward_end(const Backward& p, void* base, int64_t b) {
