@@ -42,7 +42,8 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 
 _SAME = (
     "All learners are trained on as many tasks of the same kind, one an update, by Adam at 0.001 "
-    "falling by a cosine, and measured on the same held-out tasks, 10 queries a class."
+    "falling by a cosine, and measured on the same held-out tasks, 10 queries a class. A MetaNet "
+    "reads its fast weights with a strength of 30; the paper has none, which is 1."
 )
 
 
