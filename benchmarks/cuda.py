@@ -300,6 +300,33 @@ def coordinates(repeats: int, steps: int = 5, count: int = 152_000) -> list[dict
     ]  # fmt: skip
 
 
+def pooled_relus(repeats: int, queries: int = 50) -> list[dict[str, Any]]:
+    """The first layer of a MetaNet's base learner after its convolutions, as a share of the
+    bandwidth."""
+    shape = (queries, 64, 28, 28)
+    parts = [
+        tuple(torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2))
+        for _ in range(4)
+    ]
+
+    def both(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Run:
+        return lambda: torch.autograd.grad(run(*inputs).sum(), inputs)
+
+    contenders: dict[str, list[Run]] = {}
+    for name, run in (("native", ops.relu_pool), ("eager", reference.relu_pool)):
+        contenders[name] = [both(run, inputs) for inputs in parts]
+        contenders[f"{name}, forward"] = [forward(run, inputs) for inputs in parts]
+    bandwidth = copy_bandwidth()
+    ms = side_by_side(contenders, repeats)
+    moved = parts[0][0].numel() * (2 * 4 + (4 + 1) / 4)
+    return [
+        {
+            "what": "relu_pool", "shape": shape, "ms": ms, "bandwidth_TBps": bandwidth / 1e12,
+            "forward_share": moved / bandwidth / ms["native, forward"]["median_ms"] * 1e3,
+        }
+    ]  # fmt: skip
+
+
 def peak_memory() -> list[dict[str, Any]]:
     """Training at T=100, N=1,048,576, W=64: copies of the memory beside the weights kept."""
     steps, slots, width, heads = 100, 1_048_576, 64, 4
@@ -354,6 +381,7 @@ def main() -> None:
         lambda: batches(arguments.repeats),
         lambda: streaming(min(arguments.repeats, 7)),
         lambda: coordinates(arguments.repeats),
+        lambda: pooled_relus(arguments.repeats),
         peak_memory,
     ):
         rows = part()
