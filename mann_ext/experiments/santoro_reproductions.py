@@ -214,12 +214,13 @@ mean something.
   rate is 1 to 2 points better than a falling one, which here falls while there is most to learn.
 - **The batch is a budget.** With 8 episodes a minibatch, half as many in all, 7 to 8 points are
   missing; with 32, twice as many in twice the time, 1 to 3 are gained.
-- **Gates that start half open.** Starting at 0.88, towards the slots last read, costs 2 to 4 points.
+- **Gates that start half open.** Starting at 0.88, towards the slots last read, costs 2 to 4
+  points.
 
-So the presets keep a strength learnt from 10, four heads with shared slots, a content of its own, gates
-that start at 0.5, a memory that starts near 0, Adam at 0.001, and no fed-back reads for their cost;
-longer episodes get more slots. Whether the rest matters at the end of a long run is not measured here.
-Missing seeds can be added by the command below, with `--only` and `--seeds`."""
+So the presets keep a strength learnt from 10, four heads with shared slots, a content of its own,
+gates that start at 0.5, a memory that starts near 0, Adam at 0.001, and no fed-back reads for their
+cost; longer episodes get more slots. Whether the rest matters at the end of a long run is not
+measured here. Missing seeds can be added by the command below, with `--only` and `--seeds`."""
 
 ABLATION = Reproduction(
     name="santoro-ablation",
