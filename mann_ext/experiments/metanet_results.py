@@ -221,10 +221,13 @@ def compact(results: Results, reproduction: Reproduction) -> str:
         widest = max([widest, *widths.values()])
         theirs = cells(paper.get(label, {}), columns, ".1f")
         own = cells(means, columns, ".1f", 100)
-        texts = [" / ".join(filter(None, pair)) for pair in zip(theirs, own, strict=True)]
+        texts = [
+            f"{paper or '–'} / {found or '–'}" if paper or found else ""
+            for paper, found in zip(theirs, own, strict=True)
+        ]
         lines.append("| " + " | ".join((label, *texts)) + " |")
     note = (
-        "Paper / ours where the paper has a figure, percent correct on tasks of held-out classes;\n"
+        "Paper / ours, percent correct on tasks of held-out classes; – where one has no figure;\n"
         f"95 % intervals of ours are within ±{math.ceil(1000 * widest) / 10:.1f}."
     )
     return "\n".join([*lines, "", note])
