@@ -23,14 +23,16 @@ const Kernels& kernels(ScalarType dtype) {
   return baseline::coordinate_lstm_kernels(float64);
 }
 
+// The weights as the kernels read them, and room for the sums of the chunks.
 struct Packed {
-  Packed(const Kernels& k, int64_t hidden, int64_t partial_bytes)
+  Packed(const Kernels& k, int64_t hidden, const Tensor& weights, int64_t partial_bytes)
       : of_units(weight_gradients(hidden) * k.bytes),
         of_state(4 * hidden * padded(hidden) * k.bytes),
         workspace({of_units, of_state, partial_bytes}) {
     units = workspace.take(of_units);
     state = workspace.take(of_state);
     partial = static_cast<double*>(workspace.take(partial_bytes));
+    k.pack(hidden, weights.const_data_ptr(), units, state);
   }
   int64_t of_units, of_state;
   Workspace workspace;
@@ -38,25 +40,29 @@ struct Packed {
   double* partial;
 };
 
+// What both directions are given; each adds what is its own.
+Arguments arguments(const Sizes& n, const Tensor& gradients, const Packed& packed,
+                    const Tensor& output) {
+  Arguments s{};
+  s.steps = n.steps;
+  s.coordinates = n.coordinates;
+  s.hidden = n.hidden;
+  s.gradients = gradients.const_data_ptr();
+  s.unit_weights = packed.units;
+  s.state_weights = packed.state;
+  s.output = output.const_data_ptr();
+  return s;
+}
+
 Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
-  const auto [T, P, H] = check_arguments("coordinate_lstm", gradients, weights, output);
-  const ScalarType dtype = gradients.scalar_type();
-  Tensor out = new_tensor(gradients, {P}, dtype);
-  const Kernels& k = kernels(dtype);
-  const Packed packed(k, H, 0);
-  k.pack(H, weights.const_data_ptr(), packed.units, packed.state);
-  const Arguments s{T,
-                    P,
-                    H,
-                    gradients.const_data_ptr(),
-                    packed.units,
-                    packed.state,
-                    output.const_data_ptr(),
-                    nullptr,
-                    out.mutable_data_ptr(),
-                    nullptr};
-  parallel((P + kChunk - 1) / kChunk, [&](int64_t first, int64_t end) {
-    const lrua::Scratch room = lrua::allocate(k.room(T, H, false) * k.bytes);
+  const Sizes n = check_arguments("coordinate_lstm", gradients, weights, output);
+  Tensor out = new_tensor(gradients, {n.coordinates}, gradients.scalar_type());
+  const Kernels& k = kernels(gradients.scalar_type());
+  const Packed packed(k, n.hidden, weights, 0);
+  Arguments s = arguments(n, gradients, packed, output);
+  s.out = out.mutable_data_ptr();
+  parallel((n.coordinates + kChunk - 1) / kChunk, [&](int64_t first, int64_t end) {
+    const lrua::Scratch room = lrua::allocate(k.room(n.steps, n.hidden, false) * k.bytes);
     k.forward(s, room.get(), first, end);
   });
   return out;
@@ -64,27 +70,19 @@ Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
 
 std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor gradients,
                                                     Tensor weights, Tensor output) {
-  const auto [T, P, H] =
-      check_backward("coordinate_lstm_backward", grad_out, gradients, weights, output);
+  const Sizes n = check_backward("coordinate_lstm_backward", grad_out, gradients, weights, output);
+  const int64_t H = n.hidden;
   const ScalarType dtype = gradients.scalar_type();
   Tensor grad_weights = new_tensor(gradients, {4 * H, H + kExtra}, dtype);
   Tensor grad_output = new_tensor(gradients, {H + 1}, dtype);
   const Kernels& k = kernels(dtype);
-  const int64_t chunks = (P + kChunk - 1) / kChunk, size = partial_size(H);
-  const Packed packed(k, H, chunks * size * static_cast<int64_t>(sizeof(double)));
-  k.pack(H, weights.const_data_ptr(), packed.units, packed.state);
-  const Arguments s{T,
-                    P,
-                    H,
-                    gradients.const_data_ptr(),
-                    packed.units,
-                    packed.state,
-                    output.const_data_ptr(),
-                    grad_out.const_data_ptr(),
-                    nullptr,
-                    packed.partial};
+  const int64_t chunks = (n.coordinates + kChunk - 1) / kChunk, size = partial_size(H);
+  const Packed packed(k, H, weights, chunks * size * static_cast<int64_t>(sizeof(double)));
+  Arguments s = arguments(n, gradients, packed, output);
+  s.grad_out = grad_out.const_data_ptr();
+  s.partial = packed.partial;
   parallel(chunks, [&](int64_t first, int64_t end) {
-    const lrua::Scratch room = lrua::allocate(k.room(T, H, true) * k.bytes);
+    const lrua::Scratch room = lrua::allocate(k.room(n.steps, H, true) * k.bytes);
     k.backward(s, room.get(), first, end);
   });
   // In the order of the chunks, so that the sums do not depend on the threads.
