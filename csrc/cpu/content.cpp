@@ -10,13 +10,7 @@
 namespace mann_ext::content {
 namespace {
 
-const Kernels& kernels(Storage storage) {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::content_kernels(storage);
-  if (current_isa() == Isa::avx2) return avx2::content_kernels(storage);
-#endif
-  return baseline::content_kernels(storage);
-}
+const Kernels& kernels(Storage storage) { return MANN_EXT_CALL_BEST(content_kernels, storage); }
 
 int64_t block_count(const Read& p) { return (p.slots + kBlock - 1) / kBlock; }
 

@@ -15,12 +15,7 @@ namespace {
 using lrua::Workspace;
 
 const Kernels& kernels(ScalarType dtype) {
-  const bool float64 = dtype == ScalarType::Double;
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::coordinate_lstm_kernels(float64);
-  if (current_isa() == Isa::avx2) return avx2::coordinate_lstm_kernels(float64);
-#endif
-  return baseline::coordinate_lstm_kernels(float64);
+  return MANN_EXT_CALL_BEST(coordinate_lstm_kernels, dtype == ScalarType::Double);
 }
 
 // The weights as the kernels read them, and room for the sums of the chunks.

@@ -49,3 +49,14 @@ inline Isa current_isa() {
 }
 
 }  // namespace mann_ext
+
+// function(argument) of the copy that is compiled for the instruction set in use; each copy is in a
+// namespace of its set's name.
+#if defined(__x86_64__)
+#define MANN_EXT_CALL_BEST(function, argument)                                   \
+  (mann_ext::current_isa() == mann_ext::Isa::avx512 ? avx512::function(argument) \
+   : mann_ext::current_isa() == mann_ext::Isa::avx2 ? avx2::function(argument)   \
+                                                    : baseline::function(argument))
+#else
+#define MANN_EXT_CALL_BEST(function, argument) baseline::function(argument)
+#endif

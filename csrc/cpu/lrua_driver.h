@@ -10,13 +10,7 @@
 
 namespace mann_ext::lrua {
 
-inline const Kernels& kernels(Storage storage) {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::lrua_kernels(storage);
-  if (current_isa() == Isa::avx2) return avx2::lrua_kernels(storage);
-#endif
-  return baseline::lrua_kernels(storage);
-}
+inline const Kernels& kernels(Storage storage) { return MANN_EXT_CALL_BEST(lrua_kernels, storage); }
 
 // As many tiles as keep the memory and its gradient within a 1 MB second-level cache.
 inline int64_t tiles_a_block(int64_t width, int64_t acc_bytes) {

@@ -15,12 +15,7 @@ using lrua::parallel_rows;
 using lrua::Workspace;
 
 const Kernels& kernels(ScalarType dtype) {
-  const bool float64 = dtype == ScalarType::Double;
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::lstm_kernels(float64);
-  if (current_isa() == Isa::avx2) return avx2::lstm_kernels(float64);
-#endif
-  return baseline::lstm_kernels(float64);
+  return MANN_EXT_CALL_BEST(lstm_kernels, dtype == ScalarType::Double);
 }
 
 // body(room, first, end) over groups of the batch: few large ones, but one for every thread.

@@ -12,12 +12,7 @@ namespace mann_ext::lstm_lrua {
 namespace {
 
 const Kernels& kernels(ScalarType acc) {
-  const bool float64 = acc == ScalarType::Double;
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::lstm_lrua_kernels(float64);
-  if (current_isa() == Isa::avx2) return avx2::lstm_lrua_kernels(float64);
-#endif
-  return baseline::lstm_lrua_kernels(float64);
+  return MANN_EXT_CALL_BEST(lstm_lrua_kernels, acc == ScalarType::Double);
 }
 
 int64_t panel_bytes(const Kernels& k, int64_t columns, int64_t depth) {

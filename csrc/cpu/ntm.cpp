@@ -10,12 +10,7 @@ namespace mann_ext::ntm {
 namespace {
 
 const Kernels& kernels(ScalarType dtype) {
-  const bool float64 = dtype == ScalarType::Double;
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::ntm_kernels(float64);
-  if (current_isa() == Isa::avx2) return avx2::ntm_kernels(float64);
-#endif
-  return baseline::ntm_kernels(float64);
+  return MANN_EXT_CALL_BEST(ntm_kernels, dtype == ScalarType::Double);
 }
 
 Inputs make_inputs(const Given& in, double eps, double initial_value, int64_t snapshot_every) {

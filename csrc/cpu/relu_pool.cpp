@@ -10,12 +10,7 @@ namespace mann_ext::relu_pool {
 namespace {
 
 const Kernels& kernels(const Tensor& like) {
-  const bool float64 = like.scalar_type() == ScalarType::Double;
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return avx512::relu_pool_kernels(float64);
-  if (current_isa() == Isa::avx2) return avx2::relu_pool_kernels(float64);
-#endif
-  return baseline::relu_pool_kernels(float64);
+  return MANN_EXT_CALL_BEST(relu_pool_kernels, like.scalar_type() == ScalarType::Double);
 }
 
 std::tuple<Tensor, Tensor> relu_pool(Tensor a, std::optional<Tensor> b, std::optional<Tensor> c) {
