@@ -69,8 +69,15 @@ inline ScalarType accumulation_dtype(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// See blocks.h.
+std::optional<Tensor> large_tensor(const Tensor& like, const int64_t* shape, int64_t dims,
+                                   ScalarType dtype);
+
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
                          ScalarType dtype) {
+  if (std::optional<Tensor> large =
+          large_tensor(like, shape.begin(), static_cast<int64_t>(shape.size()), dtype))
+    return *large;
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), dtype);
 }
 

@@ -9,6 +9,7 @@ import pickle
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,78 @@ def test_arguments_that_do_not_fit_are_named(options, message):
     arguments = {"images": images, "class_of": class_of, **options}
     with pytest.raises(ValueError, match=message):
         TaskSampler(**arguments)
+
+
+def grouped(sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `numbered`, with four images a class, and groups of so many classes."""
+    images, class_of = numbered([4] * sum(sizes))
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return images, class_of, group[images[:, 0, 1].long()] + 7
+
+
+def groups_shown(sampler: TaskSampler, group_of: torch.Tensor) -> torch.Tensor:
+    """The groups of the classes of a batch of tasks, (B, N)."""
+    number = sampler.sample().support[:, :, 0, 0, 0].long()
+    return group_of[number]
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_of_the_tasks_is_of_one_group(share: float) -> None:
+    images, class_of, group_of = grouped([3, 2, 5, 10])
+    sampler = TaskSampler(
+        images, class_of, ways=3, shots=1, queries=1, batch_size=4000, group_of=group_of,
+        same_group=share,
+    )  # fmt: skip
+    shown = groups_shown(sampler, group_of)
+    same = (shown == shown[:, :1]).all(1)
+    by_chance = (1 + 10 + 120) / 1140  # C(3, 3) + C(5, 3) + C(10, 3) of C(20, 3)
+    assert same.double().mean() == pytest.approx(share + (1 - share) * by_chance, abs=0.03)
+    if share == 1:
+        counts = shown[:, 0].bincount(minlength=11)[7:].double() / 4000
+        assert counts.tolist() == pytest.approx([3 / 18, 0, 5 / 18, 10 / 18], abs=0.03)
+
+
+def test_distorted_images_are_moved_a_little_and_half_of_them_not_at_all() -> None:
+    square = torch.zeros(400, 28, 28)
+    square[:, 10:18, 10:18] = 1
+    sampler = TaskSampler(
+        square, torch.arange(400) // 20, ways=20, queries=19, distort=True, seed=1
+    )
+    images = sampler.sample().queries[0, :, 0]
+    moved = (images != square[0]).flatten(1).any(1)
+    assert 0.4 < moved.double().mean() < 0.6
+    ink = images[moved].sum((1, 2))
+    assert 64 * 0.66 < ink.min() < 55  # up to a fifth each way
+    assert 75 < ink.max() < 64 * 1.6
+    line = torch.arange(28) - 13.5
+    centre = (images[moved] * line).sum((1, 2)) / ink
+    assert 0.2 < centre.abs().max() < 1  # 2 % of 28 pixels, divided by the scale
+    other = TaskSampler(square, torch.arange(400) // 20, ways=20, queries=19, distort=True, seed=1)
+    assert torch.equal(other.sample().queries[0, :, 0], images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"same_group": 1.5}, "expected same_group from 0 to 1, got 1.5"),
+        ({"same_group": 0.5}, "group_of of shape \\(80,\\), one an image, got none"),
+        (
+            {"same_group": 0.5, "group_of": torch.zeros(3).long()},
+            "got torch.int64 of shape \\(3,\\)",
+        ),
+        (
+            {"same_group": 0.5, "group_of": torch.arange(80)},
+            "the images of class -?\\d+ are of several groups",
+        ),
+        ({"same_group": 0.5, "ways": 11}, "no group has them; ask for fewer ways"),
+    ],
+)
+def test_groups_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
+    images, class_of, group_of = grouped([3, 2, 5, 10])
+    if "ways" in options:
+        options = {**options, "group_of": group_of}
+    with pytest.raises(ValueError, match=message):
+        TaskSampler(images, class_of, **{"ways": 3, "queries": 1, **options})
 
 
 def test_the_example_in_the_docstring_is_right():

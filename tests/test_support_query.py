@@ -114,6 +114,10 @@ def test_what_santoro_runs_have_not_got_is_refused(
         values: dict[str, Any] = {field: 0}
         with pytest.raises(ConfigError, match=f"{field}: expected at least 1, got 0"):
             TasksConfig(**values)
+    with pytest.raises(ConfigError, match="same_alphabet: expected 0 to 1, got 2"):
+        TasksConfig(same_alphabet=2)
+    with pytest.raises(ConfigError, match="miniImageNet has no alphabets"):
+        TasksConfig(source="miniimagenet", same_alphabet=1)
     with pytest.raises(ConfigError, match="filters: expected at least 1, got 0"):
         LearnerConfig(filters=0)
     with pytest.raises(ConfigError, match="PixelNeighbours has no parameters to train"):
@@ -156,6 +160,23 @@ def test_held_out_tasks_are_the_same_each_time_and_of_other_classes_than_trainin
     for batch in task.held_out_tasks(20):
         for image in batch.support[0]:
             assert (image * 255).round().byte().numpy().tobytes() not in known
+
+
+def test_training_tasks_may_keep_to_one_alphabet(monkeypatch: pytest.MonkeyPatch) -> None:
+    glyphs = data.synthetic_characters(12)
+    names = [f"{alphabet}/{i}" for alphabet in ("Zulu", "Alpha") for i in range(6)]
+    glyphs = replace(glyphs, names=tuple(names))
+    monkeypatch.setattr("mann_ext.experiments.support_query_task.load_data", lambda tasks: glyphs)
+    known, _ = glyphs.split("background")
+    alphabets = [name.split("/")[0] for name in known.names]
+    config = replace(TINY_TASKS.episodes, split="background", same_alphabet=1.0, ways=2)
+    sampler = SupportQuery(replace(TINY_TASKS, episodes=config), CPU).training_episodes
+    turned, count = [], len(alphabets)
+    for _ in range(50):
+        for chosen in sampler._choose(1, 2).tolist():
+            assert len({(alphabets[i % count], i // count) for i in chosen}) == 1
+            turned.append(chosen[0] // count)
+    assert set(turned) == {0, 1, 2, 3}
 
 
 def test_intervals_are_over_tasks() -> None:

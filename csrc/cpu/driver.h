@@ -7,13 +7,9 @@
 #include <memory>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "blocks.h"
 #include "cpu/lrua.h"
 #include "cpu/threads.h"
-#include "ops.h"
 
 namespace mann_ext::lrua {
 
@@ -34,24 +30,6 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 using Scratch = std::unique_ptr<void, Free>;
-
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
-// Asks for huge pages under a large array: touching it for the first time is mostly page faults
-// otherwise.
-inline void prefer_huge_pages([[maybe_unused]] void* array, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  const int64_t start = (reinterpret_cast<int64_t>(array) + kHugePage - 1) / kHugePage * kHugePage;
-  const int64_t size = reinterpret_cast<int64_t>(array) + bytes - start;
-  if (size >= kHugePage)
-    madvise(reinterpret_cast<void*>(start), static_cast<size_t>(size), MADV_HUGEPAGE);
-#endif
-}
-
-inline void prefer_huge_pages(const Tensor& tensor) {
-  prefer_huge_pages(tensor.mutable_data_ptr(),
-                    tensor.numel() * static_cast<int64_t>(tensor.element_size()));
-}
 
 inline Scratch allocate(int64_t bytes) {
   const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;

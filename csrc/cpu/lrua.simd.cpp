@@ -381,13 +381,14 @@ struct Scan {
                                             write, kTile, keep, heads, scales);
           if (erases && p.erased_rows != nullptr) save_erased(p, b, t, scratch.slots, tile, src);
           decay_usage(p, scratch.usage + tile * kTile, write, heads);
+          S* const rows = static_cast<S*>(p.memory_out) + (b * s.slots + tile * kTile) * s.width;
+          if (t + 1 == s.steps)  // asked for early, and written below
+            for (int64_t i = 0; i < tile_slots(s, tile) * s.width; i += 64 / int64_t{sizeof(S)})
+              __builtin_prefetch(rows + i, 1);
           write_and_score(s, src, dst, erases ? keep : nullptr, write, contents, keys, dots,
                           squares, s.blocks > 1 ? tile_size : 0, heads);
           store_scores(p, dots, squares, key_norm, beta, weights + tile * kTile, heads);
-          if (t + 1 == s.steps)
-            tile_to_rows(dst,
-                         static_cast<S*>(p.memory_out) + (b * s.slots + tile * kTile) * s.width,
-                         tile_slots(s, tile), s.width);
+          if (t + 1 == s.steps) tile_to_rows(dst, rows, tile_slots(s, tile), s.width);
           if (snapshots && !saves_all(p))
             std::copy(dst, dst + tile_size, snapshot(p, b, t) + tile * tile_size);
         }

@@ -55,8 +55,6 @@ inline Forward make_forward(const Given& in, const Shape& shape, const Options& 
     if (options.snapshot_every != 1) p.erased_rows = out.erased_rows.mutable_data_ptr();
     if (options.snapshot_every > 0) p.snapshots = out.snapshots.mutable_data_ptr();
   }
-  for (const Tensor& large : {out.memory, out.weights, out.weight_history, out.snapshots})
-    prefer_huge_pages(large);
   return p;
 }
 
@@ -81,7 +79,6 @@ inline Backward make_backward(const Given& in, const Shape& shape, const Options
   p.grad_gates = out.gates.mutable_data_ptr();
   p.grad_strengths = in.strengths.has_value() ? out.strengths.mutable_data_ptr() : nullptr;
   p.grad_contents = in.contents.has_value() ? out.contents.mutable_data_ptr() : nullptr;
-  for (const Tensor& large : {out.memory, out.read_weights}) prefer_huge_pages(large);
   return p;
 }
 

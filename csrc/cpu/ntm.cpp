@@ -50,8 +50,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ntm_scan(
   const Sizes s = check_arguments(op, in);
   check_options(op, snapshot_every);
   Outputs out = make_outputs(in, s, snapshot_every, save_for_backward);
-  for (const Tensor& large : {out.memory, out.weight_history, out.snapshots})
-    lrua::prefer_huge_pages(large);
   const Forward p{s,
                   make_inputs(in, eps, initial_value, snapshot_every),
                   out.reads.mutable_data_ptr(),

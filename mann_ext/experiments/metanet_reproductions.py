@@ -90,7 +90,9 @@ STANDARD_SPLIT = Reproduction(
     description="the same for the background and evaluation set, and Lake's 20 one-shot runs",
     paper=(
         "One-shot accuracy on the characters of Omniglot's evaluation set after training on the "
-        f"background set and its quarter turns. {_SAME} The 20 runs of 20-way classification of "
+        f"background set and its quarter turns. {_SAME} In half of the training tasks all classes "
+        "are of one alphabet, and half of the training images are turned, sheared, stretched and "
+        "shifted a little. The 20 runs of 20-way classification of "
         "Lake et al. (2015) show characters of one alphabet at a time, 20 images to classify each; "
         "intervals are over the runs. People, Bayesian program learning and the siamese network of "
         "the literature were measured on them."

@@ -68,6 +68,10 @@ class TasksConfig:
     """Queries of each class."""
     batch_size: int = 1
     """Tasks a minibatch; of each process, where there are several."""
+    same_alphabet: float = 0.0
+    """Share of training tasks whose classes are all of one alphabet (turned the same way)."""
+    distort: bool = False
+    """Turn, shear, stretch and shift every second image of the training tasks a little."""
 
     @property
     def ways_held_out(self) -> int:
@@ -80,6 +84,10 @@ class TasksConfig:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.test_ways is not None and self.test_ways < 1:
             raise ConfigError(f"test_ways: expected at least 1, got {self.test_ways}")
+        if not 0 <= self.same_alphabet <= 1:
+            raise ConfigError(f"same_alphabet: expected 0 to 1, got {self.same_alphabet}")
+        if self.same_alphabet and self.source == "miniimagenet":
+            raise ConfigError("same_alphabet: miniImageNet has no alphabets; leave it at 0")
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,9 @@ def with_ways(config: SupportQueryConfig, ways: int) -> SupportQueryConfig:
 
 
 MINI_IMAGENET = replace(FIVE_WAY, episodes=TasksConfig(source="miniimagenet", queries=15))
-STANDARD = replace(FIVE_WAY, episodes=TasksConfig(split="background"))
+STANDARD = replace(
+    FIVE_WAY, episodes=TasksConfig(split="background", same_alphabet=0.5, distort=True)
+)
 
 WAYS = (5, 10, 15, 20)
 """Classes of a task in the paper's tables."""

@@ -63,6 +63,7 @@ class SupportQuery:
         if config.episodes.source == "miniimagenet":
             root = config.episodes.data_root
             self._load_training = partial(_mini_imagenet, "train", root)
+            self._alphabets: Tensor | None = None
             self._test = test = _mini_imagenet("test", root)
             self.image_size, self.channels = MINI_IMAGENET_SIZE, 3
             self.data_name = f"miniImageNet, {len(test[1].unique())} classes held out"
@@ -71,6 +72,7 @@ class SupportQuery:
             known, new = characters.split(config.episodes.split)
             self._load_training = partial(_turned, known)
             self._test = small(new)
+            self._alphabets = _alphabets(known)
             self.image_size, self.channels = IMAGE_SIZE, 1
             self.data_name = (
                 f"{characters.source}, {len(known.names):,} classes and their quarter turns to "
@@ -82,8 +84,11 @@ class SupportQuery:
         """Minibatches of tasks of training classes, made at first use: an evaluation needs none."""
         images = self._load_training()
         del self._load_training  # and with it the drawings in full size
-        ways, seed = self.config.episodes.ways, self.config.run.seed
-        return self.sampler(images, ways, seed + self._rank, self.config.episodes.batch_size)
+        tasks, seed = self.config.episodes, self.config.run.seed
+        return self.sampler(
+            images, tasks.ways, seed + self._rank, tasks.batch_size, group_of=self._alphabets,
+            same_group=tasks.same_alphabet, distort=tasks.distort,
+        )  # fmt: skip
 
     def sampler(
         self,
@@ -92,13 +97,15 @@ class SupportQuery:
         seed: int,
         batch_size: int = 1,
         queries: int | None = None,
+        **options: Any,
     ) -> TaskSampler:
         """Tasks of any images, with the shots of the configuration, and its queries by default."""
         tasks = self.config.episodes
         with as_config_error():
             return TaskSampler(
-                *images, ways, tasks.shots, queries or tasks.queries, batch_size, seed, self.device
-            )
+                *images, ways, tasks.shots, queries or tasks.queries, batch_size, seed,
+                self.device, **options,
+            )  # fmt: skip
 
     def model(self) -> nn.Module:
         """A new model, its parameters drawn from torch's random numbers.
@@ -274,6 +281,15 @@ def small(characters: data.Characters) -> ClassImages:
 def _turned(characters: data.Characters) -> ClassImages:
     """The same, and turned by quarter turns."""
     return data.quarter_turns(*small(characters))
+
+
+def _alphabets(characters: data.Characters) -> Tensor:
+    """The alphabet of each of the images that `_turned` makes; turned, it is another one."""
+    drawings = characters.images.shape[1]
+    names = [name.rpartition("/")[0] for name in characters.names]
+    number = {name: place for place, name in enumerate(sorted(set(names)))}
+    alphabet = torch.tensor([number[name] for name in names]).repeat_interleave(drawings)
+    return torch.cat([alphabet + turns * len(number) for turns in range(4)])
 
 
 def _mini_imagenet(part: Any, root: Path | None) -> ClassImages:

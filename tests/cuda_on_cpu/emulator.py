@@ -66,7 +66,8 @@ def compile_library(
 @functools.cache
 def load() -> ctypes.CDLL:
     """Compile and load all operators of csrc/cuda; returns the library's settings."""
-    sources = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    csrc = ROOT / "csrc"
+    sources = [csrc / "ops.cpp", csrc / "blocks.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
     path = compile_library(sources)
     torch.ops.load_library(str(path))
     for name in operators():
