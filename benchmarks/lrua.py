@@ -116,6 +116,7 @@ def _large(threads: int) -> list[dict[str, Any]]:
             },
             5,
             1,
+            settle=True,
         )
         del inputs, start
         for name in ("stepwise", "deferred"):

@@ -24,15 +24,20 @@ def side_by_side(
     repeats: int,
     warmup: int = 2,
     turn_ms: float = 100.0,
+    settle: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Median, least and most milliseconds a call of each, run in turn so that drift hits all alike.
 
     A turn calls a contender until ``turn_ms`` have passed, at least once, and counts the mean of
     its calls: in a training loop, too, an operator finds its code and its buffers in the caches.
+    With ``settle`` an untimed call comes before: hundreds of megabytes that one contender frees can
+    be slow to come back to the next.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
         for name, run in contenders.items():
+            if settle:
+                run()
             start, calls, spent = time.perf_counter(), 0, 0.0
             while calls == 0 or spent < turn_ms:
                 run()
