@@ -3,7 +3,8 @@
 #include <cstdlib>
 #include <list>
 #include <mutex>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 // From torch 2.11 on; null before. (The headers for 2.10 do not declare it.)
@@ -49,24 +50,32 @@ void* take(int64_t bytes) {
       }
   }
   void* data = std::aligned_alloc(kHugePage, static_cast<size_t>(bytes));
-  if (data == nullptr) throw std::bad_alloc();
-  prefer_huge_pages(data, bytes);
+  if (data != nullptr) prefer_huge_pages(data, bytes);
   return data;
 }
 
-void give(void* data, int64_t bytes) {
+// Gives the oldest blocks back to the C library until no more than `most` bytes are kept.
+void release(int64_t most) {
   std::list<Block> oldest;
   {
     Kept& all = kept();
     const std::lock_guard lock(all.mutex);
-    all.blocks.push_front({data, bytes});
-    all.bytes += bytes;
-    while (all.bytes > kKept) {
+    while (all.bytes > most) {
       all.bytes -= all.blocks.back().bytes;
       oldest.splice(oldest.end(), all.blocks, --all.blocks.end());
     }
   }
   for (const Block& block : oldest) std::free(block.data);
+}
+
+void give(void* data, int64_t bytes) {
+  {
+    Kept& all = kept();
+    const std::lock_guard lock(all.mutex);
+    all.blocks.push_front({data, bytes});
+    all.bytes += bytes;
+  }
+  release(kKept);
 }
 
 int64_t bytes_each(ScalarType dtype) {
@@ -93,6 +102,14 @@ std::optional<Tensor> large_tensor(const Tensor& like, const int64_t* shape, int
   for (int64_t d = dims - 1; d > 0; --d) strides[d - 1] = strides[d] * shape[d];
 
   void* const data = take(bytes);
+  if (data == nullptr) {
+    release(0);
+    std::string text;
+    for (int64_t d = 0; d < dims; ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
+    throw std::runtime_error("mann_ext: no memory for a tensor of shape (" + text + "), " +
+                             std::to_string(bytes >> 20) +
+                             " MiB; use fewer slots, narrower ones or a smaller batch");
+  }
   AtenTensorHandle tensor = nullptr;
   const auto deleter = [](void* freed, void* size) {
     give(freed, static_cast<int64_t>(reinterpret_cast<intptr_t>(size)));

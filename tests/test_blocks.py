@@ -61,6 +61,13 @@ def test_such_a_tensor_is_like_any_other() -> None:
     assert view.unsqueeze(0).mm(view.unsqueeze(1)) == 1.5**2 * len(view)
 
 
+def test_too_much_is_one_clear_error() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"no memory for a tensor .* 16777216 MiB; use fewer slots"
+    ):
+        memory_after_a_step(2**24)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
 def test_little_is_kept() -> None:
     memory_after_a_step(64)
