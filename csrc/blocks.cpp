@@ -104,10 +104,8 @@ std::optional<Tensor> large_tensor(const Tensor& like, const int64_t* shape, int
   void* const data = take(bytes);
   if (data == nullptr) {
     release(0);
-    std::string text;
-    for (int64_t d = 0; d < dims; ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
-    throw std::runtime_error("mann_ext: no memory for a tensor of shape (" + text + "), " +
-                             std::to_string(bytes >> 20) +
+    throw std::runtime_error("mann_ext: no memory for a tensor of shape " +
+                             shape_text(shape, dims) + ", " + std::to_string(bytes >> 20) +
                              " MiB; use fewer slots, narrower ones or a smaller batch");
   }
   AtenTensorHandle tensor = nullptr;

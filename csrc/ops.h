@@ -23,25 +23,23 @@ inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-inline std::string shape_text(const Tensor& tensor) {
+inline std::string shape_text(const int64_t* shape, int64_t dims) {
   std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d)
-    text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  for (int64_t d = 0; d < dims; ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
   return text + ")";
+}
+inline std::string shape_text(const Tensor& tensor) {
+  return shape_text(tensor.sizes().data(), tensor.dim());
 }
 
 // A contiguous tensor of exactly this shape and dtype.
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
                          std::initializer_list<int64_t> shape, ScalarType dtype) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string expected;
   int64_t d = 0;
-  for (const int64_t size : shape) {
-    same = same && tensor.size(d) == size;
-    expected += (d++ ? ", " : "") + std::to_string(size);
-  }
-  require(same, std::string(op) + ": expected " + name + " of shape (" + expected + "), got " +
-                    shape_text(tensor));
+  for (const int64_t size : shape) same = same && tensor.size(d++) == size;
+  require(same, std::string(op) + ": expected " + name + " of shape " +
+                    shape_text(shape.begin(), d) + ", got " + shape_text(tensor));
   require(tensor.scalar_type() == dtype,
           std::string(op) + ": " + name + " has a dtype that does not fit the memory's");
   require(tensor.is_contiguous(),
