@@ -69,10 +69,11 @@ inline int64_t steps_a_chunk(const Sizes& s, ScalarType dtype, int64_t asked, bo
   // up to date by differences, is lost.
   if (s.width < 4) return 1;
   if (asked == 0) {
-    // The fewest bytes. It pays where the memory does not stay in cache and rows are long; with
-    // more than two heads arithmetic is what takes the time, and there is as much of it.
-    if (s.slots * s.width < kDeferNumbers || s.width < 32 * s.heads || s.heads > 2) return 1;
-    asked = std::llround(2 * std::sqrt(static_cast<double>(s.width) / s.heads));
+    // It pays where the memory does not stay in cache and rows are long; with more than two heads
+    // arithmetic is what takes the time, and there is as much of it. The fewest bytes are moved
+    // with C = 2 sqrt(W / R), but the dot products made up for grow with C.
+    if (s.slots * s.width < kDeferNumbers || s.width < 20 * s.heads || s.heads > 2) return 1;
+    asked = std::llround(1.25 * std::sqrt(static_cast<double>(s.width) / s.heads));
   }
   return std::clamp<int64_t>(std::min(asked, s.steps), 1, kMaxChunk);
 }

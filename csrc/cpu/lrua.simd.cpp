@@ -1187,9 +1187,13 @@ struct Chunks : Scan<A, A> {
         const int64_t t = scratch.begin() + u;
         const A* previous = scratch.forward.previous_weights(p, b, t);
         const A* now = scratch.forward.read_weights(p, b, t) + tile0 * kTile;
-        for (int64_t r = 0; r < s.heads; ++r)
-          std::copy(now + r * s.padded, now + r * s.padded + slots,
-                    weights + (u * s.heads + r) * kSlots);
+        for (int64_t r = 0; r < s.heads; ++r) {
+          const A* row = now + r * s.padded;
+          for (int64_t i = 0; i < slots; i += kLanes<A>) {
+            __builtin_prefetch(row + kSlots + i);
+            store<A>(weights + (u * s.heads + r) * kSlots + i, load<A>(row + i));
+          }
+        }
         for (int64_t tile = tile0; tile < tile1; ++tile)
           Base::write_weights(
               s, p.options, previous, Base::gate(p.in, s, t, b), scratch.slots + u * s.chosen, tile,
@@ -1384,6 +1388,9 @@ struct Chunks : Scan<A, A> {
       for (int64_t tile = tile0; tile < tile1; ++tile) {
         const int64_t slot0 = tile * kTile, row = before * s.padded + slot0;
         A* squares = scratch.squares + slot0;
+        Base::ask_for_tile(s, previous, weights, forward.usage, tile + 1, s.heads);
+        for (int64_t i = slot0 + kTile; i < slot0 + 2 * kTile; i += 64 / int64_t{sizeof(A)})
+          __builtin_prefetch(scratch.squares + i, 1);
         Base::write_weights(s, p.options, previous, gates, forward.slots, tile, write, kTile, keep,
                             s.heads);
         Base::decay_usage(p, forward.usage + slot0, write, s.heads);

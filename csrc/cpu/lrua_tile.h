@@ -2,6 +2,7 @@
 // tiles.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "cpu/lrua.h"
@@ -172,20 +173,28 @@ MANN_EXT_OUTLINE void tile_score(const S* tile, int64_t width, const A* rows, A*
 }
 
 // out_g = start_g + sum_q rows_q mix_{q,g} over one tile: what `count` deferred writes with weights
-// rows_q add to a dot product with the memory as it was before them.
+// rows_q add to a dot product with the memory as it was before them. Asks early for the next
+// tile's: short pieces of many arrays, which the hardware does not foresee.
 template <class A, int G>
 MANN_EXT_OUTLINE void tile_mix(const A* start, int64_t start_stride, const A* const* rows,
                                int64_t count, int64_t offset, const A* mix, int64_t mix_stride,
                                A* out) {
   constexpr int L = kLanes<A>;
-  constexpr int V = kTogether;
+  constexpr int V = G == 1 ? std::min<int>(kTile / L, kRegisters / 4) : kTogether;
   for (int64_t lane = 0; lane < kTile; lane += V * L) {
     Vec<A> sum[G][V];
     for (int g = 0; g < G; ++g)
       for (int v = 0; v < V; ++v) sum[g][v] = load<A>(start + g * start_stride + lane + v * L);
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < V; ++v)
+        __builtin_prefetch(start + g * start_stride + lane + kTile + v * L);
     for (int64_t q = 0; q < count; ++q) {
+      const A* row = rows[q] + offset + lane;
       Vec<A> w[V];
-      for (int v = 0; v < V; ++v) w[v] = load<A>(rows[q] + offset + lane + v * L);
+      for (int v = 0; v < V; ++v) {
+        w[v] = load<A>(row + v * L);
+        __builtin_prefetch(row + kTile + v * L);
+      }
       for (int g = 0; g < G; ++g)
         for (int v = 0; v < V; ++v) sum[g][v] += w[v] * mix[q * mix_stride + g];
     }

@@ -91,8 +91,8 @@ def lrua_scan(
             K-th.
         chunk: steps, at most 32, whose writes are deferred and made up for in one pass over a
             memory that does not fit in cache: the same numbers to rounding from up to 4 times fewer
-            bytes. 1: none; None: as many as move the fewest bytes where that pays (large memories
-            with W >= 32 R and R <= 2). Never deferred: 16-bit memories, memories with snapshots,
+            bytes. 1: none; None: 1.25 sqrt(W / R) where that pays (large memories with
+            W >= 20 R and R <= 2). Never deferred: 16-bit memories, memories with snapshots,
             memories that fit on chip on a GPU, fewer than 4 columns, and the backward pass.
 
     Returns:
