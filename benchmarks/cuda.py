@@ -74,7 +74,12 @@ def native_scan(*inputs: Tensor, chunk: int | None = None) -> Tensor:
 def training(scan: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Run:
     """Forward and backward, gradients to keys, gates and strengths."""
     learnt = [x.clone().requires_grad_() for x in inputs[3:]]
-    return lambda: torch.autograd.grad(scan(*inputs[:3], *learnt).sum(), learnt)
+    return both(scan, (*inputs[:3], *learnt), learnt)
+
+
+def both(run: Callable[..., Tensor], inputs: Sequence[Tensor], learnt: Sequence[Tensor]) -> Run:
+    """Forward and backward, gradients to ``learnt``, which are among the inputs."""
+    return lambda: torch.autograd.grad(run(*inputs).sum(), learnt)
 
 
 def forward(scan: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Run:
@@ -282,12 +287,9 @@ def coordinates(repeats: int, steps: int = 5, count: int = 152_000) -> list[dict
     def cudnn(g: Tensor, *_: Tensor) -> Tensor:
         return output(lstm(reference.gradient_features(g))[1][0][0]).squeeze(-1)
 
-    def both(run: Callable[..., Tensor], g: Tensor) -> Run:
-        return lambda: torch.autograd.grad(run(g, *weights).sum(), weights)
-
     contenders: dict[str, list[Run]] = {}
     for name, run in (("native", ops.coordinate_lstm), ("nn.LSTM", cudnn)):
-        contenders[name] = [both(run, g) for g in gradients]
+        contenders[name] = [both(run, (g, *weights), weights) for g in gradients]
         contenders[f"{name}, forward"] = [forward(run, (g, *weights)) for g in gradients]
     ms = side_by_side(contenders, repeats)
     products = 4 * 20 * 23 * steps * count
@@ -309,12 +311,9 @@ def pooled_relus(repeats: int, queries: int = 50) -> list[dict[str, Any]]:
         for _ in range(4)
     ]
 
-    def both(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Run:
-        return lambda: torch.autograd.grad(run(*inputs).sum(), inputs)
-
     contenders: dict[str, list[Run]] = {}
     for name, run in (("native", ops.relu_pool), ("eager", reference.relu_pool)):
-        contenders[name] = [both(run, inputs) for inputs in parts]
+        contenders[name] = [both(run, inputs, inputs) for inputs in parts]
         contenders[f"{name}, forward"] = [forward(run, inputs) for inputs in parts]
     bandwidth = copy_bandwidth()
     ms = side_by_side(contenders, repeats)
