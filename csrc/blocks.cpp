@@ -1,5 +1,9 @@
 #include "blocks.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <list>
 #include <mutex>
@@ -37,21 +41,18 @@ Kept& kept() {
   return *all;
 }
 
+// A kept block of that size, or null.
 void* take(int64_t bytes) {
-  {
-    Kept& all = kept();
-    const std::lock_guard lock(all.mutex);
-    for (auto block = all.blocks.begin(); block != all.blocks.end(); ++block)
-      if (block->bytes == bytes) {
-        void* data = block->data;
-        all.bytes -= bytes;
-        all.blocks.erase(block);
-        return data;
-      }
-  }
-  void* data = std::aligned_alloc(kHugePage, static_cast<size_t>(bytes));
-  if (data != nullptr) prefer_huge_pages(data, bytes);
-  return data;
+  Kept& all = kept();
+  const std::lock_guard lock(all.mutex);
+  for (auto block = all.blocks.begin(); block != all.blocks.end(); ++block)
+    if (block->bytes == bytes) {
+      void* data = block->data;
+      all.bytes -= bytes;
+      all.blocks.erase(block);
+      return data;
+    }
+  return nullptr;
 }
 
 // Gives the oldest blocks back to the C library until no more than `most` bytes are kept.
@@ -89,7 +90,31 @@ int64_t bytes_each(ScalarType dtype) {
   }
 }
 
+// Asks for huge pages under a large array: touching it for the first time is mostly page faults
+// otherwise.
+void prefer_huge_pages([[maybe_unused]] void* array, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const int64_t start = (reinterpret_cast<int64_t>(array) + kHugePage - 1) / kHugePage * kHugePage;
+  const int64_t size = reinterpret_cast<int64_t>(array) + bytes - start;
+  if (size >= kHugePage)
+    madvise(reinterpret_cast<void*>(start), static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
+
+void* allocate_block(int64_t bytes, int64_t alignment) {
+  const auto ask = [&] {
+    return std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(bytes));
+  };
+  void* data = ask();
+  if (data == nullptr) {
+    release(0);
+    data = ask();
+  }
+  if (data != nullptr) prefer_huge_pages(data, bytes);
+  return data;
+}
 
 std::optional<Tensor> large_tensor(const Tensor& like, const int64_t* shape, int64_t dims,
                                    ScalarType dtype) {
@@ -101,13 +126,12 @@ std::optional<Tensor> large_tensor(const Tensor& like, const int64_t* shape, int
   std::vector<int64_t> strides(dims, 1);
   for (int64_t d = dims - 1; d > 0; --d) strides[d - 1] = strides[d] * shape[d];
 
-  void* const data = take(bytes);
-  if (data == nullptr) {
-    release(0);
+  void* data = take(bytes);
+  if (data == nullptr) data = allocate_block(bytes, kHugePage);
+  if (data == nullptr)
     throw std::runtime_error("mann_ext: no memory for a tensor of shape " +
                              shape_text(shape, dims) + ", " + std::to_string(bytes >> 20) +
                              " MiB; use fewer slots, narrower ones or a smaller batch");
-  }
   AtenTensorHandle tensor = nullptr;
   const auto deleter = [](void* freed, void* size) {
     give(freed, static_cast<int64_t>(reinterpret_cast<intptr_t>(size)));

@@ -4,26 +4,14 @@
 #include <cstdint>
 #include <optional>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "ops.h"
 
 namespace mann_ext {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
-// Asks for huge pages under a large array: touching it for the first time is mostly page faults
-// otherwise.
-inline void prefer_huge_pages([[maybe_unused]] void* array, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  const int64_t start = (reinterpret_cast<int64_t>(array) + kHugePage - 1) / kHugePage * kHugePage;
-  const int64_t size = reinterpret_cast<int64_t>(array) + bytes - start;
-  if (size >= kHugePage)
-    madvise(reinterpret_cast<void*>(start), static_cast<size_t>(size), MADV_HUGEPAGE);
-#endif
-}
+// Memory for std::free, or null; where there is too little, the kept blocks are given back first.
+void* allocate_block(int64_t bytes, int64_t alignment);
 
 // A tensor as new_empty makes it, in a block that may have served another one before. None where it
 // is small, not on the CPU, or this torch (2.10) cannot be told how to free the block.

@@ -2,6 +2,8 @@
 
 import gc
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,17 @@ def test_little_is_kept() -> None:
     del held
     gc.collect()
     assert resident() - before < 280 * MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
+def test_what_is_kept_is_given_back_before_memory_runs_out() -> None:
+    script = """
+import resource
+from pathlib import Path
+from tests.test_blocks import MIB, memory_after_a_step
+memory_after_a_step(128)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 50 * MIB,) * 2)
+assert memory_after_a_step(144).sum() == 0.5 * 144 * MIB // SLOTS // 4
+"""
+    subprocess.run([sys.executable, "-c", script.replace("SLOTS", str(SLOTS))], check=True)

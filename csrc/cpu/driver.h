@@ -34,9 +34,8 @@ using Scratch = std::unique_ptr<void, Free>;
 inline Scratch allocate(int64_t bytes) {
   const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
   const int64_t size = (bytes / alignment + 1) * alignment;
-  void* p = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size));
+  void* p = allocate_block(size, alignment);
   if (p == nullptr) throw std::bad_alloc();
-  prefer_huge_pages(p, size);
   return Scratch(p);
 }
 
