@@ -16,17 +16,18 @@ pytestmark = pytest.mark.skipif(
 )
 SLOTS = 65_536
 MIB = 2**20
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
 
 
-def memory_after_a_step(mebibytes: int, value: float = 0.5) -> torch.Tensor:
-    """A tensor of that size from the operator, all rows zero but the one written to."""
+def memory_after_a_step(mebibytes: int, value: float = 0.5, steps: int = 1) -> torch.Tensor:
+    """A tensor of that size from the operator, all rows zero but those written to."""
     width = mebibytes * MIB // SLOTS // 4
     return ops.lrua_scan(
         torch.zeros(1, 1, 1).expand(1, SLOTS, width),
         torch.zeros(1, 1, SLOTS),
         torch.zeros(1, SLOTS),
-        torch.full((1, 1, 1, width), value),
-        torch.zeros(1, 1, 1),
+        torch.full((steps, 1, 1, width), value),
+        torch.zeros(steps, 1, 1),
     ).memory
 
 
@@ -70,7 +71,7 @@ def test_too_much_is_one_clear_error() -> None:
         memory_after_a_step(2**24)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
+@ON_LINUX
 def test_little_is_kept() -> None:
     memory_after_a_step(64)
     before = resident()
@@ -81,15 +82,35 @@ def test_little_is_kept() -> None:
     assert resident() - before < 280 * MIB
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
-def test_what_is_kept_is_given_back_before_memory_runs_out() -> None:
-    script = """
+def with_limited_memory(before: str, more: int, after: str) -> None:
+    """Runs both in a new process, and the second with so many MiB more than are in use by then."""
+    script = f"""
 import resource
 from pathlib import Path
-from tests.test_blocks import MIB, memory_after_a_step
-memory_after_a_step(128)
+import torch
+from tests.test_blocks import *
+torch.set_num_threads(1)
+{before}
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + 50 * MIB,) * 2)
-assert memory_after_a_step(144).sum() == 0.5 * 144 * MIB // SLOTS // 4
+resource.setrlimit(resource.RLIMIT_AS, (used + {more} * MIB,) * 2)
+{after}
 """
-    subprocess.run([sys.executable, "-c", script.replace("SLOTS", str(SLOTS))], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@ON_LINUX
+def test_what_is_kept_is_given_back_before_memory_runs_out() -> None:
+    with_limited_memory(
+        "memory_after_a_step(128)", 50,
+        "assert memory_after_a_step(144).sum() == 0.5 * 144 * MIB // SLOTS // 4",
+    )  # fmt: skip
+
+
+@ON_LINUX
+def test_too_little_to_work_in_is_one_clear_error() -> None:
+    with_limited_memory(
+        "memory_after_a_step(4)", 150, """
+with pytest.raises(RuntimeError, match=r"no memory for 1\\d\\d MiB to work in; use fewer"):
+    memory_after_a_step(128, steps=2)
+""",
+    )  # fmt: skip

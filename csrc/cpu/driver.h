@@ -5,7 +5,8 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
-#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "blocks.h"
 #include "cpu/lrua.h"
@@ -35,7 +36,10 @@ inline Scratch allocate(int64_t bytes) {
   const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
   const int64_t size = (bytes / alignment + 1) * alignment;
   void* p = allocate_block(size, alignment);
-  if (p == nullptr) throw std::bad_alloc();
+  if (p == nullptr)
+    throw std::runtime_error("mann_ext: no memory for " + std::to_string(size >> 20) +
+                             " MiB to work in; use fewer slots, a smaller batch or fewer "
+                             "threads");
   return Scratch(p);
 }
 

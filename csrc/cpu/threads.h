@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -38,13 +40,22 @@ class FlushDenormals {
 
 inline int64_t max_threads() { return torch::stable::get_num_threads(); }
 
-// body(begin, end) over [0, count), shared between the threads.
+// body(begin, end) over [0, count), shared between the threads. What it throws is thrown here:
+// PyTorch's loop would leave nothing of it but that it failed.
 template <class Body>
 void parallel(int64_t count, const Body& body) {
+  std::exception_ptr error;
+  std::mutex mutex;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    body(begin, end);
+    try {
+      body(begin, end);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace mann_ext
