@@ -730,31 +730,26 @@ struct Scan {
   template <class M>
   static void backward_block(const Backward& p, const BackwardScratch& scratch, int64_t b,
                              int64_t t, int64_t tile0, int64_t tile1, const M* tiles) {
-    if (t > 0 && p.shape.blocks == 1) prefetch_step(p, scratch, b, t - 1);
+    if (t > 1 && p.shape.blocks == 1) ask_for_step(p, scratch, b, t - 2);
     with_heads(p.shape.heads,
                [&](auto heads) { backward_block(p, scratch, b, t, tile0, tile1, tiles, heads); });
   }
 
-  // Asks early for what step t, the next to be undone, reads and writes: walking backwards through
-  // many arrays is not a pattern that the hardware foresees.
-  static void prefetch_step(const Backward& p, const BackwardScratch& scratch, int64_t b,
-                            int64_t t) {
+  // Asks early for the weights and the erased rows that step t will read: walking backwards through
+  // arrays is not a pattern that the hardware foresees.
+  static void ask_for_step(const Backward& p, const BackwardScratch& scratch, int64_t b,
+                           int64_t t) {
     const Shape& s = p.shape;
-    const auto ask = [](const void* from, int64_t bytes) {
-      for (int64_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(static_cast<const char*>(from) + i);
+    const auto ask = [](const auto* from, int64_t count) {
+      const char* const bytes = reinterpret_cast<const char*>(from);
+      for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(*from)); i += 64)
+        __builtin_prefetch(bytes + i, 0, 2);
     };
-    const int64_t step = at(s, t, b), row = s.heads * s.width;
-    const int64_t bytes = row * static_cast<int64_t>(sizeof(A));
-    ask(scratch.previous_weights(p, b, t), s.heads * s.padded * static_cast<int64_t>(sizeof(A)));
-    ask(key(p.in, s, t, b), bytes);
-    if (p.in.contents != p.in.keys) ask(content(p.in, s, t, b), bytes);
-    ask(static_cast<const A*>(p.reads) + step * row, bytes);
-    ask(static_cast<const A*>(p.grad_reads) + step * row, bytes);
-    ask(static_cast<A*>(p.grad_keys) + step * row, bytes);
-    if (p.erased_rows != nullptr)
-      ask(static_cast<const S*>(p.erased_rows) + step * s.chosen * s.width,
-          s.chosen * s.width * static_cast<int64_t>(sizeof(S)));
+    ask(scratch.previous_weights(p, b, t), s.heads * s.padded);
+    if (p.erased_rows != nullptr) {
+      const int64_t rows = s.chosen * s.width;
+      ask(static_cast<const S*>(p.erased_rows) + at(s, t, b) * rows, rows);
+    }
   }
 
   template <class M, class H>
