@@ -110,7 +110,7 @@ def test_what_santoro_runs_have_not_got_is_refused(
     task = SupportQuery(TINY_TASKS, CPU)
     with pytest.raises(ConfigError, match="9-way tasks need as many classes, got 8"):
         list(task.held_out_tasks(1, ways=9))
-    for field in ("ways", "shots", "queries", "batch_size"):
+    for field in ("ways", "shots", "queries", "batch_size", "test_ways", "train_queries"):
         values: dict[str, Any] = {field: 0}
         with pytest.raises(ConfigError, match=f"{field}: expected at least 1, got 0"):
             TasksConfig(**values)
@@ -120,6 +120,8 @@ def test_what_santoro_runs_have_not_got_is_refused(
         TasksConfig(source="miniimagenet", same_alphabet=1)
     with pytest.raises(ConfigError, match="filters: expected at least 1, got 0"):
         LearnerConfig(filters=0)
+    with pytest.raises(ConfigError, match="task_examples: expected at least 1, got 0"):
+        LearnerConfig(task_examples=0)
     with pytest.raises(ConfigError, match="PixelNeighbours has no parameters to train"):
         train(learner("knn", run_dir=tmp_path / "knn"))
 
@@ -160,6 +162,20 @@ def test_held_out_tasks_are_the_same_each_time_and_of_other_classes_than_trainin
     for batch in task.held_out_tasks(20):
         for image in batch.support[0]:
             assert (image * 255).round().byte().numpy().tobytes() not in known
+
+
+def test_training_may_use_fewer_queries_and_examples() -> None:
+    config = replace(
+        TINY_TASKS,
+        model=replace(TINY_TASKS.model, task_examples=1),
+        episodes=replace(TINY_TASKS.episodes, train_queries=1),
+    )
+    task = SupportQuery(config, CPU)
+    assert task.training_episodes.sample().queries.shape[:2] == (2, 3)
+    assert next(iter(task.held_out_tasks(1))).queries.shape[:2] == (1, 6)
+    model = task.model()
+    assert isinstance(model, MetaNet)
+    assert model.task_examples == 1
 
 
 def test_training_tasks_may_keep_to_one_alphabet(monkeypatch: pytest.MonkeyPatch) -> None:

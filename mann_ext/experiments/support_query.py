@@ -35,12 +35,16 @@ class LearnerConfig:
     """Of each convolution."""
     read_strength: float = 30.0
     """MetaNet: of reading fast weights; 1 in the paper."""
+    task_examples: int | None = None
+    """MetaNet: of how many support images task-level fast weights are made; by default of all."""
     second_order: bool = False
     """MetaNet: differentiate through the gradients that make its fast weights."""
 
     def __post_init__(self) -> None:
         if self.filters < 1:
             raise ConfigError(f"filters: expected at least 1, got {self.filters}")
+        if self.task_examples is not None and self.task_examples < 1:
+            raise ConfigError(f"task_examples: expected at least 1, got {self.task_examples}")
         if not self.read_strength > 0:
             raise ConfigError(f"read_strength: expected more than 0, got {self.read_strength}")
 
@@ -66,6 +70,8 @@ class TasksConfig:
     """Support images of each class."""
     queries: int = 10
     """Queries of each class."""
+    train_queries: int | None = None
+    """Queries of each class in a training task; by default as many."""
     batch_size: int = 1
     """Tasks a minibatch; of each process, where there are several."""
     same_alphabet: float = 0.0
@@ -82,8 +88,10 @@ class TasksConfig:
         for name in ("ways", "shots", "queries", "batch_size", "synthetic_classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.test_ways is not None and self.test_ways < 1:
-            raise ConfigError(f"test_ways: expected at least 1, got {self.test_ways}")
+        for name in ("test_ways", "train_queries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
         if not 0 <= self.same_alphabet <= 1:
             raise ConfigError(f"same_alphabet: expected 0 to 1, got {self.same_alphabet}")
         if self.same_alphabet and self.source == "miniimagenet":
@@ -119,8 +127,17 @@ def with_model(config: SupportQueryConfig, kind: Kind, variant: Variant) -> Supp
 
 
 def with_ways(config: SupportQueryConfig, ways: int) -> SupportQueryConfig:
-    """The same on tasks of so many classes."""
-    return replace(config, episodes=replace(config.episodes, ways=ways))
+    """The same on tasks of so many classes.
+
+    With more than five, half the queries in training and task-level fast weights of five examples:
+    an update of 20 classes then takes a third of the time.
+    """
+    large = ways > 5
+    return replace(
+        config,
+        model=replace(config.model, task_examples=5 if large else None),
+        episodes=replace(config.episodes, ways=ways, train_queries=5 if large else None),
+    )
 
 
 MINI_IMAGENET = replace(FIVE_WAY, episodes=TasksConfig(source="miniimagenet", queries=15))

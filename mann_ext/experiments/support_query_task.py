@@ -86,8 +86,8 @@ class SupportQuery:
         del self._load_training  # and with it the drawings in full size
         tasks, seed = self.config.episodes, self.config.run.seed
         return self.sampler(
-            images, tasks.ways, seed + self._rank, tasks.batch_size, group_of=self._alphabets,
-            same_group=tasks.same_alphabet, distort=tasks.distort,
+            images, tasks.ways, seed + self._rank, tasks.batch_size, tasks.train_queries,
+            group_of=self._alphabets, same_group=tasks.same_alphabet, distort=tasks.distort,
         )  # fmt: skip
 
     def sampler(
@@ -241,7 +241,8 @@ def build_model(config: LearnerConfig, ways: int, image_size: int, channels: int
     if config.kind == "metanet":
         return models.MetaNet(
             ways, config.variant, config.filters, image_size, config.second_order,
-            channels=channels, read_strength=config.read_strength,
+            channels=channels, task_examples=config.task_examples,
+            read_strength=config.read_strength,
         )  # fmt: skip
     return METRIC_NETS[config.kind](config.filters, image_size, channels=channels)
 
