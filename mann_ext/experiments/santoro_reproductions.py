@@ -194,19 +194,19 @@ _ABLATION_FINDINGS = """\
 Early learning: 4,000 minibatches are 64,000 episodes, where the preset takes 100,000 minibatches.
 Three seeds of the base differ by up to 1.1 points, of other rows mostly by 1 to 3.
 
-- **Reading has to be sharp.** At strength 1, the paper's plain softmax of cosines, one seed of three
-  is still at chance and the others have 32 and 36 % at the 2nd instance, not 77 %: over 128 slots
-  such a softmax is nearly flat. How the strength comes to be higher does not matter: fixed at 10,
-  learnt from 10 or from 20, or computed every step, all are within a point of each other.
+- **Reading has to be sharp.** At strength 1, the paper's plain softmax of cosines, one seed in
+  three is still at chance and the others have 32 and 36 % at the 2nd instance, not 77 %: over 128
+  slots such a softmax is nearly flat. How the strength comes to be higher does not matter: fixed at
+  10, learnt from 10 or from 20, or computed every step, all are within a point of each other.
 - **Several heads that write together.** One head has 57 % at the 2nd instance and 82 % at the 10th;
   four heads that each write to a slot of their own have 72 % and 85 %; four that all write to the
   same four slots 77 % and 89 %.
-- **A content of its own.** Writing the key instead is the riskiest of the small changes: two seeds are
-  as good at the 2nd instance and 2 points lower at the 10th, the third has left the plateau so late
-  that it has 38 and 59 %.
+- **A content of its own.** Writing the key instead is the riskiest of the small changes: two seeds
+  are as good at the 2nd instance and 2 points lower at the 10th, the third has left the plateau so
+  late that it has 38 and 59 %.
 - **Room.** That fills four slots an image, 200 in an episode of 50. With 64 slots the 2nd instance
-  is as good and the 10th 4 points lower, with 256 one point higher. Eight heads, which fill eight an
-  image, lose 4 points there and gain nothing.
+  is as good and the 10th 4 points lower, with 256 one point higher. Eight heads, which fill
+  eight an image, lose 4 points there and gain nothing.
 - **What hardly matters.** A memory that starts from 0.1 is at most a point worse, leaving out tanh
   makes no difference. Feeding the reads back gains a point and a half at the 2nd instance and
   nothing later, for a fifth more time a minibatch.
