@@ -38,8 +38,10 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (const int64_t size : shape) same = same && tensor.size(d++) == size;
-  require(same, std::string(op) + ": expected " + name + " of shape " +
-                    shape_text(shape.begin(), d) + ", got " + shape_text(tensor));
+  if (!same)
+    throw std::invalid_argument(std::string(op) + ": expected " + name + " of shape " +
+                                shape_text(shape.begin(), static_cast<int64_t>(shape.size())) +
+                                ", got " + shape_text(tensor));
   require(tensor.scalar_type() == dtype,
           std::string(op) + ": " + name + " has a dtype that does not fit the memory's");
   require(tensor.is_contiguous(),

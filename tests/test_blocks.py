@@ -33,7 +33,16 @@ def memory_after_a_step(mebibytes: int, value: float = 0.5, steps: int = 1) -> t
 
 def resident() -> int:
     """Bytes of this process in RAM."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return _memory()[1]
+
+
+def addressed() -> int:
+    """Bytes of this process's address space."""
+    return _memory()[0]
+
+
+def _memory() -> list[int]:
+    return [int(pages) * 4096 for pages in Path("/proc/self/statm").read_text().split()]
 
 
 def test_a_freed_block_serves_the_next_tensor_of_its_size() -> None:
@@ -86,13 +95,11 @@ def with_limited_memory(before: str, more: int, after: str) -> None:
     """Runs both in a new process, and the second with so many MiB more than are in use by then."""
     script = f"""
 import resource
-from pathlib import Path
 import torch
 from tests.test_blocks import *
 torch.set_num_threads(1)
 {before}
-used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + {more} * MIB,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (addressed() + {more} * MIB,) * 2)
 {after}
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -487,3 +487,15 @@ def test_every_instruction_set_of_the_library(isa):
     command = [sys.executable, "-m", "pytest", "-x", __file__, "-k", "equals or sixteen or twice"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+@native
+def test_the_operator_itself_names_the_whole_shape_it_expects():
+    b, n, w, r = 2, 8, 4, 1
+    with pytest.raises(
+        ValueError, match=r"lrua_scan: expected usage of shape \(2, 8\), got \(3, 8\)"
+    ):
+        torch.ops.mann_ext.lrua_scan(
+            torch.zeros(b, n, w), torch.zeros(b, r, n), torch.zeros(3, n), torch.zeros(1, b, r, w),
+            torch.zeros(1, b, r), None, None, None, 0.99, False, 1e-8, 1e-6, 0, 1, False,
+        )  # fmt: skip
