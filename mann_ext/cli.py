@@ -39,6 +39,8 @@ usage: mann-ext reproduce --list            what there is to reproduce
 
 mann-ext reproduce NAME --help lists the fields."""
 
+RUN = "RUN: a run's folder, a checkpoint, or a pretrained model, such as omniglot-5way"
+
 
 class UsageError(ValueError):
     """A command line that cannot be understood."""
@@ -142,9 +144,9 @@ def _eval(words: list[str]) -> int:
     if words and words[0] not in ("-h", "--help"):
         path, words = Path(words[0]), words[1:]
     elif words:
-        print("usage: mann-ext eval RUN [--FIELD VALUE ...]\n\nRUN: a run's folder or a checkpoint")
+        print(f"usage: mann-ext eval RUN [--FIELD VALUE ...]\n\n{RUN}")
     else:
-        raise UsageError("eval: expected the folder of a run or of a checkpoint")
+        raise UsageError("eval: expected a run's folder, a checkpoint or a pretrained model")
     options = tyro.cli(
         EvalOptions, args=words, prog="mann-ext eval RUN", description=EvalOptions.__doc__
     )
@@ -182,8 +184,7 @@ def _inspect(words: list[str]) -> int:
     if not words:
         raise UsageError("inspect: expected a run's folder, a checkpoint or a pretrained model")
     if words[0] in ("-h", "--help"):
-        print("usage: mann-ext inspect RUN [--FIELD VALUE ...]\n")
-        print("RUN: a run's folder, a checkpoint, or a pretrained model, such as omniglot-5way")
+        print(f"usage: mann-ext inspect RUN [--FIELD VALUE ...]\n\n{RUN}")
     else:
         path, words = Path(words[0]), words[1:]
     options = tyro.cli(

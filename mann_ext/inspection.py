@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mann_ext.checkpoint import CheckpointError, replace_file
+from mann_ext.checkpoint import replace_file
 from mann_ext.data import IMAGE_SIZE
 from mann_ext.experiments.config import ConfigError
 from mann_ext.experiments.few_shot import FewShot
-from mann_ext.experiments.santoro import DEMO, InspectOptions, SlotOrder
+from mann_ext.experiments.santoro import InspectOptions, SlotOrder
 from mann_ext.memory import LRUAMemory, LRUAMemoryTrace
 from mann_ext.models import MANN
 from mann_ext.training import CONFIG, load_config, load_run
@@ -367,20 +367,12 @@ def _list_items(episode: TracedEpisode) -> Iterable[str]:
 
 def _load(run: Path) -> tuple[FewShot, torch.nn.Module, str]:
     """The task, the model, and its name."""
-    if run.exists():
-        config, _ = load_config(run)
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cpu"))
-        task, model, name, progress = load_run(run, config)
-        if not isinstance(task, FewShot):
-            raise ConfigError(f"{run} is a run of {name}; expected a MANN that classifies images")
-        return task, model, f"{name} after {progress.step:,} minibatches"
-    try:
-        pretrained = MANN.from_pretrained(str(run))
-    except ValueError as error:
-        raise CheckpointError(
-            f"there is no run or checkpoint at {run}, nor a pretrained model of that name ({error})"
-        ) from None
-    return FewShot(DEMO, torch.device("cpu")), pretrained, str(run)
+    config, _ = load_config(run)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cpu"))
+    task, model, name, progress = load_run(run, config)
+    if not isinstance(task, FewShot):
+        raise ConfigError(f"{run} is a run of {name}; expected a MANN that classifies images")
+    return task, model, f"{name} after {progress.step:,} minibatches"
 
 
 def _words(labels: Tensor) -> list[str]:

@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,6 +38,7 @@ from mann_ext.experiments.config import (
 )
 from mann_ext.experiments.santoro import EvalOptions
 from mann_ext.experiments.task import Task
+from mann_ext.models import pretrained
 from mann_ext.reporting import Reporter
 
 CONFIG = "config.json"
@@ -164,7 +165,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     """Time spent training, over all resumptions."""
-    totals: Tensor
+    totals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     """Since the last log line: losses, gradient norms, and the metric's sums and counts."""
     metrics_size: int = 0
     threads: int = 0
@@ -371,14 +372,13 @@ def load_run(
     """The task, the trained model, its preset's name and how far it was trained.
 
     Args:
-        path: a run's folder, or one of its checkpoints.
+        path: a run's folder, one of its checkpoints, or the name of a pretrained model.
         config: used instead of the configuration that was trained with, if given.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or of another model.
     """
-    found = find_checkpoint(path)
-    state = checkpoint.load(found)
+    state, found = _saved_state(path)
     config = config or saved_config(state, str(found))
     task = config.task(_device(config.run.device))
     model = task.model()
@@ -390,7 +390,7 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
     """Evaluate a trained model on held-out episodes, print the table and return the results.
 
     Args:
-        path: a run's folder, or one of its checkpoints.
+        path: a run's folder, one of its checkpoints, or the name of a pretrained model.
         options: what to change from the evaluation at the end of the training.
 
     Raises:
@@ -431,10 +431,10 @@ def evaluate_run(path: Path, options: EvalOptions) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> tuple[ExperimentConfig, str]:
-    """The configuration of a run or checkpoint, and its preset's name."""
+    """The configuration of a run, checkpoint or pretrained model, and its preset's name."""
     file = path / CONFIG
     if not file.is_file():
-        state = checkpoint.load(find_checkpoint(path))
+        state, _ = _saved_state(path)
         return saved_config(state, str(path)), state["preset"]
     try:
         saved = json.loads(file.read_text())
@@ -451,8 +451,20 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = checkpoint.latest(path / CHECKPOINTS) or checkpoint.latest(path)
     if found is None:
-        raise CheckpointError(f"no checkpoint in {path}; expected a run's folder or a checkpoint")
+        raise CheckpointError(
+            f"no checkpoint in {path}; expected a run's folder, a checkpoint or the name of a "
+            f"pretrained model ({', '.join(pretrained.names())})"
+        )
     return found
+
+
+def _saved_state(path: Path) -> tuple[dict[str, Any], Path]:
+    """What a checkpoint holds, and where it is; of a pretrained model, what was kept of that."""
+    if not path.exists() and str(path) in pretrained.names():
+        parameters, metadata = pretrained.load(str(path))
+        return {"model": parameters, **metadata["run"]}, path
+    found = find_checkpoint(path)
+    return checkpoint.load(found), found
 
 
 def run_folder(run: RunConfig, preset: str, resume: bool) -> Path:

@@ -323,7 +323,7 @@ def test_a_run_and_a_checkpoint_are_inspected(tmp_path, monkeypatch, capsys):
         (["run", "--num-slots", "0"], "num_slots: expected at least 1"),
         (["run", "--out", "not/there.html"], "No such file"),
         (["run", "--out", "there.png"], "out: expected the name of a page, FILE.html"),
-        (["nowhere"], "no run or checkpoint at nowhere, nor a pretrained model of that name"),
+        (["nowhere"], "no checkpoint in nowhere; expected a run's folder, a checkpoint or"),
         ([], "inspect: expected a run's folder"),
     ]:
         assert run("inspect", *words) == 2

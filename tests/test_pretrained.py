@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mann_ext import data
+from mann_ext import cli, data
 from mann_ext.models import MANN
 
 
@@ -25,6 +25,16 @@ def test_it_loads_and_carries_its_state():
 def test_a_name_that_is_not_there_lists_those_that_are():
     with pytest.raises(ValueError, match="expected one of omniglot-5way, got 'imagenet'"):
         MANN.from_pretrained("imagenet")
+
+
+def test_the_command_line_evaluates_it(capsys):
+    words = ["eval", "omniglot-5way", "--source", "synthetic", "--episodes", "16", "--threads", "1"]
+    assert cli.main(words) == 0
+    assert "held-out classes" in capsys.readouterr().out
+    assert cli.main(["eval", "omniglot-50way"]) == 2
+    message = capsys.readouterr().err
+    assert "no checkpoint in omniglot-50way; expected" in message
+    assert "pretrained model (omniglot-5way)" in message
 
 
 def test_it_knows_characters_it_has_not_seen_from_one_example():

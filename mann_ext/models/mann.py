@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mann_ext import _library
@@ -20,6 +17,7 @@ from mann_ext.memory import (
     _inputs,
 )
 from mann_ext.memory._module import MemoryModule
+from mann_ext.models import pretrained
 from mann_ext.models.controllers import ControllerState, FeedForwardController, LSTMController
 from mann_ext.ops.lstm import needs_loop
 from mann_ext.ops.lstm_lrua import lstm_lrua_scan
@@ -141,15 +139,14 @@ class MANN(nn.Module):
             >>> model = MANN.from_pretrained("omniglot-5way")
             >>> logits, state = model(torch.zeros(50, 1, 405))
         """
-        folder = Path(__file__).parents[1] / "pretrained"
-        names = sorted(path.stem for path in folder.glob("*.safetensors"))
+        names = pretrained.names()
         if name not in names:
             raise ValueError(
                 f"MANN.from_pretrained: expected one of {', '.join(names)}, got {name!r}"
             )
-        with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-            model = cls(**json.loads(file.metadata()["model"]))
-            model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        parameters, metadata = pretrained.load(name)
+        model = cls(**metadata["model"])
+        model.load_state_dict(parameters)
         return model.eval()
 
     def initial_state(self, batch_size: int) -> MANNState:
