@@ -15,8 +15,8 @@ import pytest
 import scipy.stats
 import torch
 
-from mann_ext import cli, evaluation, reproduce, training
-from mann_ext.experiments import REPRODUCTIONS, ablation, curriculum, persistent
+from mann_ext import cli, evaluation, reporting, reproduce, training
+from mann_ext.experiments import REPRODUCTIONS, ablation, classification, curriculum, persistent
 from mann_ext.experiments.config import ConfigError
 from mann_ext.experiments.nearest_neighbours import predictions
 from mann_ext.experiments.reproduction import ReproduceOptions, Reproduction, Run
@@ -42,7 +42,7 @@ def tiny_reproduction(name: str) -> Reproduction:
         episodes = replace(episodes, ways=3, length=9 if labels == "one_hot" else None)
         if episodes.grow_every:
             episodes = replace(episodes, ways=2, grow_every=40, ways_most=4)
-        budget = replace(TINY.run, minibatches=30, eval_every=0)
+        budget = replace(TINY.run, minibatches=30, eval_every=10, eval_episodes=4)
         config = replace(config, episodes=episodes, run=budget)
         if hasattr(config, "model"):
             sizes = {"hidden_size": 12, "num_slots": 8, "slot_size": 6}
@@ -78,6 +78,10 @@ def test_the_tables_are_trained_once_measured_and_shown(
         assert values["seed"] == int(name[-1])
         assert values["moved"]["accuracy"] != values["accuracy"]
         assert values["config"]["run"]["run_dir"] is None, "no folder of the machine"
+        curve = values["curve"]
+        measured = [line for line in reporting.read_metrics(tmp_path / name) if line["kind"] == "eval"]
+        assert curve["episodes"] == [line["episodes"] for line in measured]
+        assert curve["accuracy"]["2"] == [round(line["accuracy"]["2"], 4) for line in measured]
         for key in ("command", "version", "machine", "training_seconds", "episodes"):
             assert key in values
     out = capsys.readouterr().out
@@ -85,7 +89,9 @@ def test_the_tables_are_trained_once_measured_and_shown(
     page = (tmp_path / "santoro-table1.md").read_text()
     assert "![" in page
     assert "3 classes, one-hot labels" in page
-    assert (tmp_path / "santoro-table1.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("santoro-table1.png", "santoro-table1-learning.png"):
+        assert f"({picture})" in page
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
     # All of it is there, so the second call neither trains nor measures.
     with monkeypatch.context() as patch:
@@ -103,6 +109,20 @@ def test_the_tables_are_trained_once_measured_and_shown(
     # A larger budget goes on with the run.
     reproduce.reproduce(entry, options(tmp_path, only=("mann",), minibatches=34))
     assert json_of(tmp_path)["mann-seed0"]["minibatches"] == 34
+
+
+def test_a_long_learning_curve_is_thinned_to_its_end(tmp_path: Path) -> None:
+    lines = [
+        {"kind": kind, "episodes": 16 * n, "accuracy": {"1": 0.2, "2": n / 1000}}
+        for n in range(1, 101)
+        for kind in ("train", "eval")
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    curve = classification.learning_curve(tmp_path)
+    assert curve["episodes"][-3:] == [16 * 94, 16 * 97, 16 * 100]
+    assert len(curve["episodes"]) <= classification.CURVE_POINTS
+    assert curve["accuracy"]["2"][-1] == 0.1
+    assert set(curve["accuracy"]) == {"1", "2"}, "an episode of so few steps shows no more"
 
 
 def _reproduce_until_stopped(folder: Path) -> None:

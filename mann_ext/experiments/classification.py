@@ -18,13 +18,16 @@ from mann_ext.experiments.santoro import (
     SantoroConfig,
 )
 from mann_ext.experiments.santoro_reproductions import NeighbourConfig
-from mann_ext.reporting import Table, ordinal
+from mann_ext.reporting import Table, ordinal, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Setting = tuple[str, int]
 """Kind of label and classes an episode: a key of PAPER_ACCURACY."""
+
+CURVE_POINTS = 40
+"""At most so many points of a learning curve are kept."""
 
 
 def measure(run: Run, config: Any, trained: Path | None, episodes: int) -> dict[str, Any]:
@@ -37,7 +40,30 @@ def measure(run: Run, config: Any, trained: Path | None, episodes: int) -> dict[
     changed = replace(config, episodes=replace(config.episodes, augment_test=True))
     moved = accuracy_of(trained, changed, episodes)
     kept = ("accuracy", "half_width_95", "episodes")
-    return {**values, "moved": {name: moved[name] for name in kept}}
+    return {
+        **values,
+        "moved": {name: moved[name] for name in kept},
+        "curve": learning_curve(trained),
+    }
+
+
+def learning_curve(run_dir: Path) -> dict[str, Any]:
+    """Accuracy on held-out classes during a run: ``episodes`` (P,), how many it had been trained
+    on, and ``accuracy``, (P,) for each of PAPER_INSTANCES that its episodes show."""
+    points = [record for record in read_metrics(run_dir) if record["kind"] == "eval"]
+    every = max(1, math.ceil(len(points) / CURVE_POINTS))
+    points = points[::-1][::every][::-1]  # the last one stays
+    shown = [
+        number
+        for number in map(str, PAPER_INSTANCES)
+        if all(number in point["accuracy"] for point in points)
+    ]
+    return {
+        "episodes": [point["episodes"] for point in points],
+        "accuracy": {
+            number: [round(point["accuracy"][number], 4) for point in points] for number in shown
+        },
+    }
 
 
 def accuracy_of(trained: Path, config: SantoroConfig, episodes: int) -> dict[str, Any]:
@@ -79,6 +105,51 @@ def _own_rows(runs: Iterable[Run], results: Results) -> list[tuple[str, ...]]:
 
 
 def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
+    """Accuracy by instance, and the learning curves of the runs that have one."""
+    found = {"": _by_instance(reproduction, results)}
+    curves = [
+        (setting, run.label, own["curve"])
+        for setting, runs in by_setting(reproduction.runs).items()
+        for run in runs
+        for own in results.get(run.name, ())[:1]
+        if own.get("curve", {}).get("episodes")
+    ]
+    if curves:
+        found["learning"] = _learning(curves)
+    return found
+
+
+def _learning(curves: Sequence[tuple[Setting, str, Mapping[str, Any]]]) -> Figure:
+    """Figure 2 of the paper: held-out accuracy at some instances by episodes of training, a panel
+    for each model; one colour is one instance in all of them."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained", dpi=110)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    colours = colormaps["viridis"]
+    for (setting, label, curve), axes in zip(curves, panels, strict=False):
+        thousands = [episodes / 1000 for episodes in curve["episodes"]]
+        for number, accuracy in curve["accuracy"].items():
+            axes.plot(
+                thousands, [100 * value for value in accuracy], linewidth=1.2,
+                color=colours(0.1 * (int(number) - 1)), label=ordinal(int(number)),
+            )  # fmt: skip
+        axes.set_title(f"{label.replace('`', '')}, {_words(setting)}", fontsize=9)
+        axes.set(xlabel="thousand episodes of training", ylim=(-1, 101), xlim=(0, None))
+        axes.grid(alpha=0.25)
+    for axes in panels:
+        axes.set_visible(False)
+    shown = figure.axes[: len(curves)]
+    for axes in shown[::columns]:
+        axes.set_ylabel("accuracy (%)")
+    shown[0].legend(fontsize=7, ncols=2, title="instance", title_fontsize=7)
+    return figure
+
+
+def _by_instance(reproduction: Reproduction, results: Results) -> Figure:
     """Accuracy by instance in each setting: ours solid, or dotted with images moved, with 95 %
     intervals; the paper's dashed."""
     from matplotlib.figure import Figure
@@ -118,7 +189,7 @@ def figures(reproduction: Reproduction, results: Results) -> dict[str, Figure]:
         axes.legend(
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False
         )
-    return {"": figure}
+    return figure
 
 
 def _variants(own: Sequence[dict[str, Any]]) -> list[tuple[str, Sequence[dict[str, Any]], str]]:
