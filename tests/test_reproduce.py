@@ -79,7 +79,8 @@ def test_the_tables_are_trained_once_measured_and_shown(
         assert values["moved"]["accuracy"] != values["accuracy"]
         assert values["config"]["run"]["run_dir"] is None, "no folder of the machine"
         curve = values["curve"]
-        measured = [line for line in reporting.read_metrics(tmp_path / name) if line["kind"] == "eval"]
+        log = reporting.read_metrics(tmp_path / name)
+        measured = [line for line in log if line["kind"] == "eval"]
         assert curve["episodes"] == [line["episodes"] for line in measured]
         assert curve["accuracy"]["2"] == [round(line["accuracy"]["2"], 4) for line in measured]
         for key in ("command", "version", "machine", "training_seconds", "episodes"):

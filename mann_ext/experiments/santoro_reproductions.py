@@ -49,7 +49,10 @@ _CURVES = (
 TABLE_1 = Reproduction(
     name="santoro-table1",
     description="accuracy by instance, 5 classes, one-hot labels: MANN, LSTM, feed-forward",
-    paper=f"Table 1 of Santoro et al. (2016), on held-out classes after training. {_MOVED} {_CURVES}",
+    paper=(
+        "Table 1 of Santoro et al. (2016), on held-out classes after training. "
+        f"{_MOVED} {_CURVES}"
+    ),
     runs=(
         Run("mann", "MANN", FIVE_WAY, "santoro-5way", 30),
         Run("demo", "MANN, `make demo`", DEMO, "demo", 8),
