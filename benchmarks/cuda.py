@@ -7,11 +7,13 @@ so that nothing stays in cache that would not in use, with freed memory filled w
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,32 @@ def batches(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def regimes(repeats: int) -> list[dict[str, Any]]:
+    """Memories of a few thousand slots: shared out between the blocks of a cluster, or streamed."""
+    rows = []
+    for batch in (1, 16):
+        for slots in (1024, 2048, 4096, 7168):
+            inputs = scan_inputs(50, batch, slots, 40, 4)
+            contenders = {
+                f"{name}, {regime}": [in_regime(regime, make(native_scan, inputs))]
+                for name, make in (("forward", forward), ("forward + backward", training))
+                for regime in ("cluster", "streaming")
+            }
+            ms = side_by_side(contenders, repeats)
+            rows.append({"what": "regimes", "batch": batch, "slots": slots, "ms": ms})
+    return rows
+
+
+def in_regime(regime: str, run: Run) -> Run:
+    """With the kernels of this regime: `resident_blocks` in csrc/cuda/lrua_arguments.h."""
+
+    def changed() -> None:
+        with mock.patch.dict(os.environ, MANN_EXT_CUDA_REGIME=regime):
+            run()
+
+    return changed
+
+
 def copy_bandwidth() -> float:
     """Bytes read plus written a second by a large copy on the device."""
     source = torch.rand(2**29, device=DEVICE)
@@ -378,6 +406,7 @@ def main() -> None:
     for part in (
         lambda: paper_size(arguments.repeats, arguments.compile_steps),
         lambda: batches(arguments.repeats),
+        lambda: regimes(min(arguments.repeats, 10)),
         lambda: streaming(min(arguments.repeats, 7)),
         lambda: coordinates(arguments.repeats),
         lambda: pooled_relus(arguments.repeats),

@@ -141,6 +141,25 @@ class TestDeferredWrites:
     )
 
 
+class TestClusters:
+    """Memories shared out between eight blocks."""
+
+    @pytest.fixture(autouse=True)
+    def cluster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if torch.cuda.get_device_capability()[0] < 9:
+            pytest.skip("needs compute capability 9")
+        monkeypatch.setenv("MANN_EXT_CUDA_REGIME", "cluster")
+
+    @pytest.mark.parametrize("form", ["saved", "rolled_back", "every_3"])
+    @pytest.mark.parametrize("sample", lrua_samples(), ids=lambda s: s.name)
+    def test_float64(self, sample: Sample, form: str) -> None:
+        test_lrua.test_native_equals_the_reference_in_float64(sample, test_lrua.FORMS[form])
+
+    test_sixteen_bit = staticmethod(test_lrua.test_sixteen_bit_memory_is_rounded_every_step)
+    test_slots = staticmethod(test_lrua.test_native_chooses_the_same_slots_unforced)
+    test_sharp = staticmethod(test_lrua.test_sharp_reads_stay_finite)
+
+
 def paper_size(slots: int = 128, width: int = 40, steps: int = 20) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -153,13 +172,16 @@ def paper_size(slots: int = 128, width: int = 40, steps: int = 20) -> tuple[torc
     return memory, weights, weights.sum(1), keys, gates, 10 * torch.ones_like(gates)
 
 
-# Resident, and streamed with writes at every step and deferred.
+# Resident in one block and in eight, and streamed with writes at every step and deferred.
 SIZES: list[tuple[int, dict[str, Any]]] = [
     (128, {}),
+    (2_500, {}),
     (20_000, {}),
     (20_000, {"snapshot_every": 0, "chunk": 6}),
 ]
-sizes = pytest.mark.parametrize(("slots", "form"), SIZES, ids=["resident", "streamed", "deferred"])
+sizes = pytest.mark.parametrize(
+    ("slots", "form"), SIZES, ids=["resident", "shared_out", "streamed", "deferred"]
+)
 
 
 def differentiated(inputs: tuple[torch.Tensor, ...], **form: Any) -> list[torch.Tensor]:

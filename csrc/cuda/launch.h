@@ -139,6 +139,20 @@ void launch(const Launch& how, Args&&... args) {
 #endif
 }
 
+// Whether Kernel can be launched in clusters: the device has them, and what it runs was compiled
+// for them, not made from the PTX of an older architecture.
+template <auto Kernel>
+bool has_clusters() {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, Kernel), kernel_name<Kernel>());
+  return attributes.ptxVersion >= 90;
+#else
+  return true;
+#endif
+}
+
 // Blocks of Kernel that one multiprocessor holds at a time.
 template <auto Kernel>
 int blocks_per_multiprocessor(int threads, size_t shared_bytes) {

@@ -43,8 +43,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_
       const Options options{usage_decay, shared, eps, initial_value, snapshot_every};
       const Forward<A, S> p = make_forward<A, S>(s, in, options, usage, out, save_for_backward);
       const bool vectors = aligned_rows(p);
-      if (is_resident(s, [&] { return forward_resident_bytes(p, vectors); }))
-        forward_resident(p, memory, vectors);
+      const int blocks =
+          resident_blocks(s, [&](int n) { return forward_resident_bytes(p, vectors, n); });
+      if (blocks > 0)
+        forward_resident(p, memory, vectors, blocks);
       else
         stream_forward(p, memory, vectors, steps);
     });
@@ -77,9 +79,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
       const Options options{0, shared, eps, initial_value, snapshot_every};
       const Backward<A, S> p = make_backward<A, S>(s, in, options, saved, out);
       const bool vectors = aligned_rows(p);
-      if (aligned(p.history.weights) &&
-          is_resident(s, [&] { return backward_resident_bytes(p, vectors); }))
-        backward_resident(p, memory, vectors);
+      const int blocks =
+          resident_blocks(s, [&](int n) { return backward_resident_bytes(p, vectors, n); });
+      if (blocks > 0 && aligned(p.history.weights))
+        backward_resident(p, memory, vectors, blocks);
       else
         backward_streaming(p, memory, vectors);
     });

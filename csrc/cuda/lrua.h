@@ -491,18 +491,20 @@ __device__ __forceinline__ A largest_in_warp(A x) {
 // ---------------------------------------------------------------- host
 
 // Each runs a whole scan, T and B at least 1, in one of two ways; `like` gives room and the device.
-// The resident form is for at most kGroup heads and rows of kMaxResidentWidth columns, and needs so
-// many bytes of a block's shared memory.
+// The resident form is for at most kGroup heads and rows of kMaxResidentWidth columns; `blocks` of
+// a cluster share the memory of a batch element, and each needs so many bytes of shared memory.
 constexpr int kMaxResidentWidth = 512;
+constexpr int kMaxCluster = 8;  // that every device with clusters has
+bool has_clusters();
 
 // Launches what makes a step's keys from the step before: before the launches of that step or, on
 // the way back, after those that make their gradients.
 using StepHook = std::function<void(int64_t t)>;
 
 template <class A, class S>
-int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors);
+int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors, int blocks);
 template <class A, class S>
-void forward_resident(const Forward<A, S>& p, const Tensor& like, bool vectors);
+void forward_resident(const Forward<A, S>& p, const Tensor& like, bool vectors, int blocks);
 template <class A, class S>
 void forward_streaming(const Forward<A, S>& p, const Tensor& like, bool vectors,
                        const StepHook& before = {});
@@ -513,9 +515,9 @@ int64_t forward_chunked_bytes(const Forward<A, A>& p, bool vectors, int64_t chun
 template <class A>
 void forward_chunked(const Forward<A, A>& p, const Tensor& like, bool vectors, int64_t chunk);
 template <class A, class S>
-int64_t backward_resident_bytes(const Backward<A, S>& p, bool vectors);
+int64_t backward_resident_bytes(const Backward<A, S>& p, bool vectors, int blocks);
 template <class A, class S>
-void backward_resident(const Backward<A, S>& p, const Tensor& like, bool vectors);
+void backward_resident(const Backward<A, S>& p, const Tensor& like, bool vectors, int blocks);
 template <class A, class S>
 void backward_streaming(const Backward<A, S>& p, const Tensor& like, bool vectors,
                         const StepHook& after = {});

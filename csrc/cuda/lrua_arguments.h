@@ -122,16 +122,27 @@ bool aligned_rows(const Backward<A, S>& p) {
 }
 
 // How a scan is computed. Resident: one launch for all steps, the memory of a batch element in the
-// shared memory of one multiprocessor. That is wherever memory, weights, usage and room for sums
-// fit there, as 1,000 slots of 40 float32 numbers do forward and 350 backward. Streaming:
+// shared memory of one multiprocessor or, if it does not fit, of the 2, 4 or 8 of a cluster
+// (compute capability 9 and above). That is wherever memory, weights, usage and room for sums fit
+// there: of slots of 40 float32 numbers 1,000 a multiprocessor forward and 350 backward. Streaming:
 // everything else, and there writes may be deferred. All save the same for the backward pass, which
-// chooses for itself. MANN_EXT_CUDA_REGIME=streaming, which is read at each call, streams all.
+// chooses for itself. MANN_EXT_CUDA_REGIME, which is read at each call, may be streaming: all is
+// streamed; block: so is what does not fit in one; cluster: what is resident has 8 blocks.
+//
+// Returns the number of blocks, or 0: streaming.
 template <class Bytes>
-bool is_resident(const Sizes& s, Bytes&& bytes) {
-  const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");
-  if (regime != nullptr && std::string_view(regime) == "streaming") return false;
+int resident_blocks(const Sizes& s, Bytes&& bytes) {
+  const char* variable = std::getenv("MANN_EXT_CUDA_REGIME");
+  const std::string_view regime = variable == nullptr ? "" : variable;
   const auto most = static_cast<int64_t>(max_shared_bytes());
-  return s.heads <= kGroup && s.width <= kMaxResidentWidth && s.slots <= most && bytes() <= most;
+  if (regime == "streaming" || s.heads > kGroup || s.width > kMaxResidentWidth ||
+      s.slots > kMaxCluster * most)
+    return 0;
+  for (int blocks = regime == "cluster" ? kMaxCluster : 1; blocks <= kMaxCluster; blocks *= 2) {
+    if (blocks > 1 && (regime == "block" || !has_clusters())) break;
+    if (bytes(blocks) <= most) return blocks;
+  }
+  return 0;
 }
 
 }  // namespace mann_ext::cuda::lrua

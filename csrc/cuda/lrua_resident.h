@@ -1,5 +1,7 @@
 // lrua_scan for memories that fit in shared memory: one launch runs all steps, with one block for
-// each batch element, and the memory does not leave the multiprocessor.
+// each batch element, and the memory does not leave the multiprocessor. Larger ones are shared out
+// between the blocks of a cluster, each with some of the slots: sums over slots, the least-used
+// slots and partial reads then cross to the other blocks' shared memory.
 //
 // Rows in shared memory are whole runs of four columns, and there are always four heads: what is
 // missing is zero. Four lanes share a row. They work on kRows rows at once, so that a step's
@@ -18,14 +20,27 @@ constexpr int kRows = 2;        // of a thread at once
 constexpr int kRowStep = kWarp / kHeads;
 constexpr int kTileRows = kRowStep * kRows;  // of a warp at once
 constexpr int kMaxWarps = 16;
+// So that one instruction of a warp gives every block of the cluster a number of each head.
+static_assert(kMaxCluster * kHeads <= kWarp);
+// Blocks of a cluster have fewer warps, for they need more registers.
 template <class A>
-constexpr int kMaxThreads = (sizeof(A) == 4 ? kMaxWarps : kMaxWarps / 2) * kWarp;
+__host__ __device__ constexpr int max_threads(bool clustered) {
+  return (sizeof(A) == 4 ? kMaxWarps : kMaxWarps / 2) * kWarp * (clustered ? 3 : 4) / 4;
+}
+// In the machine code of older architectures the kernels of clusters are empty.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
 
 struct Layout {
+  int blocks;  // that share the memory of a batch element
+  int share;   // slots of a block; the last ones may have fewer, or none
   int threads;
   int runs;            // of four columns in a row
   int stride;          // of rows, in numbers
-  int rows;            // whole tiles
+  int rows;            // whole tiles of a share
   int groups;          // of threads that share the rows in sums over slots
   int choosing_warps;  // that look for the least-used slots
   bool vectors;        // rows in global memory are whole aligned runs
@@ -33,32 +48,97 @@ struct Layout {
   __host__ __device__ int width() const { return runs * kColumns; }
 };
 
+// The slots of this block.
+template <bool Clustered>
+struct Part {
+  unsigned rank = 0;
+  int first = 0, slots;
+
+  __device__ Part(const Sizes& s, const Layout& layout) : slots(static_cast<int>(s.slots)) {
+    if constexpr (Clustered) {
+      rank = cluster_rank();
+      first = static_cast<int>(rank) * layout.share;
+      slots = max(0, min(layout.share, slots - first));
+    }
+  }
+  // Its row here, or none.
+  __device__ unsigned row_of(unsigned slot) const {
+    if constexpr (!Clustered) return slot;
+    const unsigned row = slot - static_cast<unsigned>(first);
+    return row < static_cast<unsigned>(slots) ? row : ~0u;
+  }
+};
+
+// Waits for all threads that work on a batch element.
+template <bool Clustered>
+__device__ __forceinline__ void barrier() {
+  if constexpr (Clustered)
+    cluster_barrier();
+  else
+    __syncthreads();
+}
+
+// Puts a number of each head, which its lanes have, at `to` in every block.
+template <bool Clustered, class A>
+__device__ __forceinline__ void give_heads(A* to, A number, const Layout& layout) {
+  const int lane = threadIdx.x % kWarp;
+  if constexpr (Clustered) {
+    if (lane / kHeads < layout.blocks)
+      *cluster_shared(to + lane % kHeads, static_cast<unsigned>(lane / kHeads)) = number;
+  } else {
+    if (lane < kHeads) to[lane] = number;
+  }
+}
+
+// Calls finish(i, x) with the sums x over all blocks of the C numbers at from + i, from + i +
+// stride ..., for this block's part of the i before `count`.
+template <int C, class A, class F>
+__device__ __forceinline__ void sum_blocks(A* from, int stride, int count, const Layout& layout,
+                                           unsigned rank, F&& finish) {
+  const int share = (count + layout.blocks - 1) / layout.blocks;
+  const int first = static_cast<int>(rank) * share;
+#pragma unroll 1
+  for (int i = first + static_cast<int>(threadIdx.x); i < min(count, first + share);
+       i += static_cast<int>(blockDim.x)) {
+    A sums[C] = {};
+#pragma unroll 1
+    for (int block = 0; block < layout.blocks; ++block)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+        sums[c] += *cluster_shared(from + c * stride + i, static_cast<unsigned>(block));
+    finish(i, sums);
+  }
+}
+
 // `chooses`: some warps look for the least-used slots while the others form sums over slots.
 // `padded`: the lanes of two rows meet different banks.
 template <class A>
-Layout make_layout(const Sizes& s, bool vectors, bool chooses, bool padded) {
+Layout make_layout(const Sizes& s, bool vectors, int blocks, bool chooses, bool padded) {
   Layout layout{};
+  layout.blocks = blocks;
+  // Whole pieces of 16 bytes of the weights.
+  layout.share =
+      static_cast<int>(blocks > 1 ? ((s.slots + blocks - 1) / blocks + 3) / 4 * 4 : s.slots);
   layout.vectors = vectors;
   layout.runs = (s.width + kColumns - 1) / kColumns;
   layout.stride = kColumns * (padded ? (layout.runs + 3) / 8 * 8 + 4 : layout.runs);
-  const int tiles = static_cast<int>((s.slots + kTileRows - 1) / kTileRows);
+  const int tiles = (layout.share + kTileRows - 1) / kTileRows;
   layout.rows = tiles * kTileRows;
-  const int warps =
-      min(kMaxThreads<A> / kWarp, max(4, max(tiles, (layout.runs + kWarp - 1) / kWarp + 1)));
+  const int warps = min(max_threads<A>(blocks > 1) / kWarp,
+                        max(4, max(tiles, (layout.runs + kWarp - 1) / kWarp + 1)));
   layout.threads = warps * kWarp;
-  if (chooses)
-    layout.choosing_warps = static_cast<int>(min(int64_t{warps / 2}, (s.slots + 255) / 256));
+  if (chooses) layout.choosing_warps = min(warps / 2, (layout.share + 255) / 256);
   layout.groups = (layout.threads - layout.choosing_warps * kWarp) / layout.runs;
   return layout;
 }
 
 // The layout whose shared memory, given by bytes(layout), fits; else the smallest.
 template <class A, class Bytes>
-Layout fit_layout(const Sizes& s, bool vectors, bool chooses, Bytes&& bytes) {
-  const Layout layout = make_layout<A>(s, vectors, chooses, true);
+Layout fit_layout(const Sizes& s, bool vectors, int blocks, bool chooses, Bytes&& bytes) {
+  const Layout layout = make_layout<A>(s, vectors, blocks, chooses, true);
   return bytes(layout) <= static_cast<int64_t>(max_shared_bytes())
              ? layout
-             : make_layout<A>(s, vectors, chooses, false);
+             : make_layout<A>(s, vectors, blocks, chooses, false);
 }
 
 // The sums over a row's four lanes of four numbers: lane g gets that of number g.

@@ -15,7 +15,10 @@ struct BackwardScan : Backward<A, S> {
   bool ahead;  // every M_t is saved, and M_{t-1} is on its way while step t is worked on
 
   // Rows of read weights in shared memory, 8 banks apart.
-  __host__ __device__ int64_t weight_stride() const { return this->scan.sizes.padded + 8; }
+  __host__ __device__ static int64_t weight_stride(const Layout& layout) {
+    return (layout.share + 63) / 64 * 64 + 8;
+  }
+  __device__ int64_t weight_stride() const { return weight_stride(layout); }
 };
 
 template <class A>
@@ -30,7 +33,8 @@ struct BackwardMemory {
   int64_t bytes_of_state;                  // up to here numbers that are not there are zero
   A *x, *write;                            // [rows][heads]: dL/d(k . m), and w_w
   A* partial;                              // [groups][2][heads][width]: for keys, for contents
-  A* sums;                                 // [kSums][warps][heads]
+  A* sums;                                 // [kSums][blocks][warps][heads]
+  A* own;                                  // [2][heads][W]: for keys, for contents, of this block
   int64_t bytes;
 
   template <class S>
@@ -41,7 +45,7 @@ struct BackwardMemory {
     const int64_t numbers = int64_t{layout.rows} * layout.stride;
     memory = arena.take<A>(p.ahead ? 2 * numbers : numbers);
     grad = arena.take<A>(numbers);
-    weights = arena.take<A>(3 * kHeads * p.weight_stride());
+    weights = arena.take<A>(3 * kHeads * p.weight_stride(layout));
     weights_grad = arena.take<A>(int64_t{layout.rows} * kHeads);
     keys = arena.take<A>(2 * vectors);
     grads = arena.take<A>(2 * vectors);
@@ -56,7 +60,8 @@ struct BackwardMemory {
     x = arena.take<A>(int64_t{layout.rows} * kHeads);
     write = arena.take<A>(int64_t{layout.rows} * kHeads);
     partial = arena.take<A>(layout.groups * 2 * vectors);
-    sums = arena.take<A>(kSums * kMaxWarps * kHeads);
+    sums = arena.take<A>(kSums * layout.blocks * kMaxWarps * kHeads);
+    own = arena.take<A>(layout.blocks > 1 ? 2 * vectors : 0);
     bytes = arena.used();
   }
 };
@@ -64,17 +69,18 @@ struct BackwardMemory {
 struct Step {
   int64_t t, b;
   bool reset;
-  unsigned slots[kHeads];  // erased and written
+  unsigned slots[kHeads];  // rows erased and written
 };
 
 // From G = dL/dM_{t+1} as it came back to dL/dM_t, and to dL/dw_{t-1}.
-template <class A, class S>
+template <bool Clustered, class A, class S>
 __device__ __forceinline__ void backward_rows(const BackwardScan<A, S>& p,
-                                              const BackwardMemory<A>& room, const A* memory,
+                                              const BackwardMemory<A>& room,
+                                              const Part<Clustered>& part, const A* memory,
                                               const Step& step) {
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
-  const int half = static_cast<int>(step.t & 1), slots = static_cast<int>(s.slots);
+  const int half = static_cast<int>(step.t & 1), slots = part.slots;
   const int lane_of_warp = threadIdx.x % kWarp, lane = lane_of_warp % kHeads;
   const int warp = threadIdx.x / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
   const int width = layout.width();
@@ -186,12 +192,13 @@ __device__ __forceinline__ void backward_rows(const BackwardScan<A, S>& p,
       A written = 0, next = 0;
       if (has_head && row < slots) {
         const int mark = find_slot(step.slots, row);
-        const A previous = step.reset ? A(row == 0) : before[row];
+        const A previous = step.reset ? A(part.first + row == 0) : before[row];
         written = p.scan.write_weight(gate, previous, lane, mark);
         if (!step.reset) next = gate * d[j];
         sums[previous_sum] += d[j] * previous;
         if (p.scan.writes(lane, mark)) sums[chosen_sum] += d[j];
-        if (step.t == 0) p.grad_weights_in[(step.b * s.heads + lane) * s.slots + row] = next;
+        if (step.t == 0)
+          p.grad_weights_in[(step.b * s.heads + lane) * s.slots + part.first + row] = next;
       }
       room.weights_grad[row * kHeads + lane] = next;
       room.write[row * kHeads + lane] = written;
@@ -199,19 +206,18 @@ __device__ __forceinline__ void backward_rows(const BackwardScan<A, S>& p,
   }
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
-    const A sum = sum_head(sums[i]);
-    if (lane_of_warp < kHeads) room.sums[(i * warps + warp) * kHeads + lane] = sum;
+    const int at = (i * layout.blocks + static_cast<int>(part.rank)) * warps + warp;
+    give_heads<Clustered>(room.sums + at * kHeads, sum_head(sums[i]), layout);
   }
 }
 
 // M_{t-1} from its episode's start, as the forward pass made it: one run of columns of each of a
 // thread's rows.
-template <class A, class S>
-__device__ __forceinline__ void replay(const BackwardScan<A, S>& p, A* memory, const Step& step,
-                                       int group, int column) {
+template <bool Clustered, class A, class S>
+__device__ __forceinline__ void replay(const BackwardScan<A, S>& p, const Part<Clustered>& part,
+                                       A* memory, const Step& step, int group, int column) {
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
-  const int slots = static_cast<int>(s.slots);
   const int64_t start = p.scan.episode_start(step.t - 1, step.b);
   const bool given = !p.scan.resets(start, step.b);
 #pragma unroll 1
@@ -225,20 +231,22 @@ __device__ __forceinline__ void replay(const BackwardScan<A, S>& p, A* memory, c
     unsigned chosen[kHeads];
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {
-      chosen[g] =
-          g < s.chosen ? static_cast<unsigned>(p.history.slots[at * s.chosen + g]) : kNoSlot;
+      chosen[g] = g < s.chosen
+                      ? part.row_of(static_cast<unsigned>(p.history.slots[at * s.chosen + g]))
+                      : kNoSlot;
       if (g >= s.heads) continue;
       gate[g] = p.scan.gate(t, step.b, g);
       load_columns(p.scan.content(t, step.b) + g * s.width, column, contents[g], s.width,
                    layout.vectors);
     }
 #pragma unroll 1
-    for (int row = group; row < slots; row += layout.groups) {
+    for (int row = group; row < part.slots; row += layout.groups) {
+      const int slot = part.first + row;
       A run[kColumns];
       if (t > start) {
         load_run<kColumns>(memory + row * layout.stride + column, run);
       } else {
-        const S* from = p.scan.memory + step.b * p.scan.batch_stride + row * p.scan.slot_stride;
+        const S* from = p.scan.memory + step.b * p.scan.batch_stride + slot * p.scan.slot_stride;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i)
           run[i] = column + i >= s.width ? A(0)
@@ -252,7 +260,7 @@ __device__ __forceinline__ void replay(const BackwardScan<A, S>& p, A* memory, c
 #pragma unroll
       for (int g = 0; g < kHeads; ++g)
         if (g < s.heads) {
-          const A w = reset ? A(row == 0) : previous[g * stride + row];
+          const A w = reset ? A(slot == 0) : previous[g * stride + slot];
           add_scaled<kColumns>(run, p.scan.write_weight(gate[g], w, g, mark), contents[g]);
         }
       round_run<S, kColumns>(run);
@@ -262,21 +270,23 @@ __device__ __forceinline__ void replay(const BackwardScan<A, S>& p, A* memory, c
 }
 
 // Sums over slots of one run of columns, and M_{t-1} and dL/dM_{t-1}.
-template <class A, class S>
+template <bool Clustered, class A, class S>
 __device__ __forceinline__ void backward_columns(const BackwardScan<A, S>& p,
-                                                 const BackwardMemory<A>& room, A* memory,
+                                                 const BackwardMemory<A>& room,
+                                                 const Part<Clustered>& part, A* memory,
                                                  const Step& step, int group, int column) {
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
-  const int half = static_cast<int>(step.t & 1), slots = static_cast<int>(s.slots);
+  const int half = static_cast<int>(step.t & 1), slots = part.slots;
   const int width = layout.width();
   if (group >= layout.groups) return;
   const bool first = step.t == 0;
   const bool saved = !first && p.scan.has_snapshot(step.t - 1);
   const bool rolls = !first && !saved;
   const bool replays = rolls && (step.reset || p.scan.near_start(step.t - 1, step.b));
-  const S* snapshot =
-      saved ? p.history.snapshots + p.scan.snapshot_at(step.t - 1, step.b) : nullptr;
+  const S* snapshot = saved ? p.history.snapshots + p.scan.snapshot_at(step.t - 1, step.b) +
+                                  int64_t{part.first} * s.width
+                            : nullptr;
   A contents[kHeads][kColumns], key_sums[kHeads][kColumns] = {},
                                 content_sums[kHeads][kColumns] = {};
 #pragma unroll
@@ -303,8 +313,8 @@ __device__ __forceinline__ void backward_columns(const BackwardScan<A, S>& p,
       store_run<kColumns>(numbers_grad, grad);
     }
     if (first && p.grad_memory_in != nullptr)
-      store_columns(p.grad_memory_in + (step.b * s.slots + row) * s.width, column, grad, s.width,
-                    layout.vectors);
+      store_columns(p.grad_memory_in + (step.b * s.slots + part.first + row) * s.width, column,
+                    grad, s.width, layout.vectors);
     if (saved && !p.ahead) {
       load_columns(snapshot + int64_t{row} * s.width, column, m, s.width, layout.vectors);
       store_run<kColumns>(numbers, m);
@@ -326,22 +336,25 @@ __device__ __forceinline__ void backward_columns(const BackwardScan<A, S>& p,
     store_run<kColumns>(to + g * width, key_sums[g]);
     store_run<kColumns>(to + (kHeads + g) * width, content_sums[g]);
   }
-  if (replays) replay(p, memory, step, group, column);
+  if (replays) replay(p, part, memory, step, group, column);
 }
 
-template <class A, class S>
-__global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardScan<A, S> p) {
+template <class A, class S, bool Clustered>
+__global__ __launch_bounds__(max_threads<A>(Clustered)) void backward_scan(
+    const BackwardScan<A, S> p) {
+  if constexpr (Clustered && !kClusters) return;
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
   unsigned char* base = shared_memory<unsigned char>();
   const BackwardMemory<A> room(p, layout, base);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane_of_warp = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
-  const int slots = static_cast<int>(s.slots), width = layout.width();
+  const Part<Clustered> part(s, layout);
+  const int slots = part.slots, width = layout.width();
   const bool apart = room.contents != room.keys;
   const int group = thread / layout.runs, column = thread % layout.runs * kColumns;
   Step step{};
-  step.b = blockIdx.x;
+  step.b = blockIdx.x / static_cast<unsigned>(Clustered ? layout.blocks : 1);
 
   const auto fetch_rows_to = [&](A* to, const auto* from) {
     if (layout.vectors)
@@ -351,16 +364,18 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
   };
   const auto fetch_read_weights = [&](int64_t t) {  // t = -1: what the scan was given
     A* to = room.weights + (t + 1) % 3 * kHeads * p.weight_stride();
+    if (slots == 0) return;
     if (t >= 0) {
-      const A* from = p.history.weights + p.scan.at(t, step.b) * s.heads * s.padded;
-      for_pieces(s.heads, static_cast<int>(s.padded) / kVector<A>, [&](int head, int piece) {
+      const A* from = p.history.weights + p.scan.at(t, step.b) * s.heads * s.padded + part.first;
+      const int pieces = (slots + kVector<A> - 1) / kVector<A>;
+      for_pieces(s.heads, pieces, [&](int head, int piece) {
         async_copy16(to + head * p.weight_stride() + piece * kVector<A>,
                      from + head * s.padded + piece * kVector<A>);
       });
     } else {
       for_pieces(s.heads, slots, [&](int head, int row) {
         to[head * p.weight_stride() + row] =
-            p.scan.read_weights[(step.b * s.heads + head) * s.slots + row];
+            p.scan.read_weights[(step.b * s.heads + head) * s.slots + part.first + row];
       });
     }
   };
@@ -391,7 +406,8 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
       room.strength[half + thread] = strength;
     }
     if (thread < kHeads)
-      room.slots[half + thread] = thread < s.chosen ? static_cast<unsigned>(slot) : kNoSlot;
+      room.slots[half + thread] =
+          thread < s.chosen ? part.row_of(static_cast<unsigned>(slot)) : kNoSlot;
     for (int r = warps - 1 - warp; r < s.heads; r += warps) {
       const int from = (half + r) * width;
       const A length = length_by_warp(room.keys + from, width);
@@ -411,7 +427,7 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
 
   fill_zero(reinterpret_cast<int4*>(base), room.bytes_of_state / 16);
   __syncthreads();
-  const int64_t last = s.steps - 1, of_batch = step.b * s.slots * s.width;
+  const int64_t last = s.steps - 1, of_batch = (step.b * s.slots + part.first) * s.width;
   fetch_rows_to(memory_of(last), p.history.memory_out + of_batch);
   if (p.grad_memory != nullptr) fetch_rows_to(room.grad, p.grad_memory + of_batch);
   fetch_read_weights(last);
@@ -421,20 +437,25 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
     for (int r = 0; r < s.heads; ++r)
       for (int row = thread; row < slots; row += threads)
         room.weights_grad[row * kHeads + r] =
-            p.grad_weights[(step.b * s.heads + r) * s.slots + row];
+            p.grad_weights[(step.b * s.heads + r) * s.slots + part.first + row];
   async_wait<0>();
   __syncthreads();
   prepare(last, [&](int r) {
-    const A* weights =
-        room.weights + (last + 1) % 3 * kHeads * p.weight_stride() + r * p.weight_stride();
+    if (p.grad_weights == nullptr) return 0.0;
+    const A* grads = p.grad_weights + (step.b * s.heads + r) * s.slots;
+    const A* weights = p.history.weights + (p.scan.at(last, step.b) * s.heads + r) * s.padded;
     double sum = 0;
-    for (int row = lane_of_warp; row < slots; row += kWarp)
-      sum += static_cast<double>(room.weights_grad[row * kHeads + r]) * weights[row];
+    for (int64_t i = lane_of_warp; i < s.slots; i += kWarp)
+      sum += static_cast<double>(grads[i]) * weights[i];
     return warp_sum(sum);
   });
-  __syncthreads();
+  barrier<Clustered>();  // and no block is given anything before it runs
 
   A along[kHeads] = {};  // what the gradient of k has along k, for each of its numbers
+  const auto store_keys = [&](int64_t to, A key_sum, A content_sum) {
+    if (p.grad_contents != nullptr) p.grad_contents[to] = content_sum;
+    p.grad_keys[to] = p.grad_contents != nullptr ? key_sum : key_sum + content_sum;
+  };
   const auto finish_keys = [&](int64_t t) {
     const int64_t to = p.scan.at(t, step.b) * s.heads * s.width;
 #pragma unroll 1
@@ -448,10 +469,21 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
         key_sum += from[2 * k * kHeads * width];
         content_sum += from[(2 * k + 1) * kHeads * width];
       }
-      key_sum -= of_head(along, r) * key;
-      if (p.grad_contents != nullptr) p.grad_contents[to + i] = content_sum;
-      p.grad_keys[to + i] = p.grad_contents != nullptr ? key_sum : key_sum + content_sum;
+      if (part.rank == 0) key_sum -= of_head(along, r) * key;
+      if constexpr (Clustered) {
+        room.own[i] = key_sum;
+        room.own[s.heads * s.width + i] = content_sum;
+      } else {
+        store_keys(to + i, key_sum, content_sum);
+      }
     }
+  };
+  // And those of all blocks, a barrier later.
+  const auto join_keys = [&](int64_t t) {
+    const int64_t to = p.scan.at(t, step.b) * s.heads * s.width;
+    const int count = s.heads * s.width;
+    sum_blocks<2>(room.own, count, count, layout, part.rank,
+                  [&](int i, const A(&sums)[2]) { store_keys(to + i, sums[0], sums[1]); });
   };
 #pragma unroll 1
   for (step.t = last; step.t >= 0; --step.t) {
@@ -462,20 +494,23 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
     if (step.t > 0) {
       fetch(step.t - 1);
       if (p.ahead)
-        fetch_rows_to(memory_of(step.t - 1),
-                      p.history.snapshots + p.scan.snapshot_at(step.t - 1, step.b));
+        fetch_rows_to(memory_of(step.t - 1), p.history.snapshots +
+                                                 p.scan.snapshot_at(step.t - 1, step.b) +
+                                                 int64_t{part.first} * s.width);
     }
     async_commit();
     A* memory = memory_of(step.t);
     if (step.t < last) finish_keys(step.t + 1);
-    backward_rows(p, room, memory, step);
+    backward_rows(p, room, part, memory, step);
     async_wait<0>();
-    __syncthreads();
+    barrier<Clustered>();
+    if (Clustered && step.t < last) join_keys(step.t + 1);
 
     A sums[kSums];  // of this lane's head
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = sum_warps(room.sums + i * warps * kHeads, warps);
-    if (thread < s.heads) {
+    for (int i = 0; i < kSums; ++i)
+      sums[i] = sum_warps(room.sums + i * layout.blocks * warps * kHeads, layout.blocks * warps);
+    if (part.rank == 0 && thread < s.heads) {
       const int64_t to = p.scan.at(step.t, step.b) * s.heads + thread;
       p.grad_gates[to] = sums[previous_sum] - sums[chosen_sum];
       if (p.grad_strengths != nullptr) p.grad_strengths[to] = sums[strength_sum];
@@ -489,19 +524,24 @@ __global__ __launch_bounds__(kMaxThreads<A>) void backward_scan(const BackwardSc
         const A previous = __shfl_sync(kAllLanes, sums[previous_sum], r);
         return step.reset ? 0.0 : static_cast<double>(room.gate[half + r]) * previous;
       });
-    backward_columns(p, room, memory, step, group, column);
-    __syncthreads();
+    backward_columns(p, room, part, memory, step, group, column);
+    barrier<Clustered>();
   }
   finish_keys(0);
+  if constexpr (Clustered) {
+    cluster_barrier();
+    join_keys(0);
+    cluster_barrier();  // no block ends while others read what it has
+  }
 }
 
 // Memory that is saved at every step is brought ahead where there is room for two.
 template <class A, class S>
-BackwardScan<A, S> make_backward(const Backward<A, S>& arguments, bool vectors) {
+BackwardScan<A, S> make_backward(const Backward<A, S>& arguments, bool vectors, int blocks) {
   BackwardScan<A, S> p{};
   static_cast<Backward<A, S>&>(p) = arguments;
   const auto fit = [&] {
-    p.layout = fit_layout<A>(p.scan.sizes, vectors, false, [&](const Layout& layout) {
+    p.layout = fit_layout<A>(p.scan.sizes, vectors, blocks, false, [&](const Layout& layout) {
       return BackwardMemory<A>(p, layout, nullptr).bytes;
     });
     return BackwardMemory<A>(p, p.layout, nullptr).bytes <=
@@ -518,26 +558,29 @@ BackwardScan<A, S> make_backward(const Backward<A, S>& arguments, bool vectors) 
 }  // namespace
 
 template <class A, class S>
-int64_t backward_resident_bytes(const Backward<A, S>& arguments, bool vectors) {
-  const BackwardScan<A, S> p = make_backward(arguments, vectors);
+int64_t backward_resident_bytes(const Backward<A, S>& arguments, bool vectors, int blocks) {
+  const BackwardScan<A, S> p = make_backward(arguments, vectors, blocks);
   return BackwardMemory<A>(p, p.layout, nullptr).bytes;
 }
 
 template <class A, class S>
-void backward_resident(const Backward<A, S>& arguments, const Tensor& like, bool vectors) {
+void backward_resident(const Backward<A, S>& arguments, const Tensor& like, bool vectors,
+                       int blocks) {
   const OnDevice device(like);
-  const BackwardScan<A, S> p = make_backward(arguments, vectors);
-  launch<backward_scan<A, S>>(
-      {.grid = grid_size(p.scan.sizes.batch),
-       .block = static_cast<unsigned>(p.layout.threads),
-       .stream = device.stream(),
-       .shared_bytes = static_cast<size_t>(BackwardMemory<A>(p, p.layout, nullptr).bytes)},
-      p);
+  const BackwardScan<A, S> p = make_backward(arguments, vectors, blocks);
+  const Launch how{
+      .grid = grid_size(p.scan.sizes.batch * blocks),
+      .block = static_cast<unsigned>(p.layout.threads),
+      .stream = device.stream(),
+      .shared_bytes = static_cast<size_t>(BackwardMemory<A>(p, p.layout, nullptr).bytes),
+      .cluster = static_cast<unsigned>(blocks)};
+  blocks > 1 ? launch<backward_scan<A, S, true>>(how, p)
+             : launch<backward_scan<A, S, false>>(how, p);
 }
 
-#define INSTANTIATE(A, S)                                                \
-  template int64_t backward_resident_bytes(const Backward<A, S>&, bool); \
-  template void backward_resident(const Backward<A, S>&, const Tensor&, bool)
+#define INSTANTIATE(A, S)                                                     \
+  template int64_t backward_resident_bytes(const Backward<A, S>&, bool, int); \
+  template void backward_resident(const Backward<A, S>&, const Tensor&, bool, int)
 INSTANTIATE(float, float);
 INSTANTIATE(double, double);
 INSTANTIATE(float, __nv_bfloat16);

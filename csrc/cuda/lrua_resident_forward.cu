@@ -24,9 +24,11 @@ struct ForwardMemory {
   A *keys, *contents;        // [2][heads][width], of step t in half t % 2
   A *length, *strength;      // [2][heads]
   A* gate;                   // [2][heads]
-  A* totals;                 // [warps][heads]
-  UsageOrder<A>* least_key;  // [warps][heads]
+  A* totals;                 // [blocks][warps][heads]
+  UsageOrder<A>* least_key;  // [blocks][choosing warps][heads]
   unsigned* least_slot;
+  A* tops;   // [blocks][heads]: the largest scores
+  A* reads;  // [heads][W]: of this block's slots
   int64_t bytes;
 
   __host__ __device__ ForwardMemory(const Layout& layout, bool apart, unsigned char* base) {
@@ -43,9 +45,11 @@ struct ForwardMemory {
     bytes_of_state = arena.used();
     scores = arena.take<A>(int64_t{layout.rows} * kHeads);
     partial = arena.take<A>(layout.groups * vectors);
-    totals = arena.take<A>(kMaxWarps * kHeads);
-    least_key = arena.take<UsageOrder<A>>(kMaxWarps * kHeads);
-    least_slot = arena.take<unsigned>(kMaxWarps * kHeads);
+    totals = arena.take<A>(layout.blocks * kMaxWarps * kHeads);
+    least_key = arena.take<UsageOrder<A>>(layout.blocks * kMaxWarps * kHeads);
+    least_slot = arena.take<unsigned>(layout.blocks * kMaxWarps * kHeads);
+    tops = arena.take<A>(layout.blocks > 1 ? layout.blocks * kHeads : 0);
+    reads = arena.take<A>(layout.blocks > 1 ? vectors : 0);
     bytes = arena.used();
   }
   int64_t bytes_of_state;  // up to here numbers that are not there must be zero
@@ -56,16 +60,17 @@ template <class A>
 struct Step {
   int64_t t, b;
   bool reset;
-  unsigned slots[kHeads];  // erased and written
+  unsigned slots[kHeads];  // rows erased and written
 };
 
 // Erase, write and score all rows; each warp has every so many tiles.
-template <class A, class S>
+template <bool Clustered, class A, class S>
 __device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
-                                             const ForwardMemory<A, S>& room, const Step<A>& step) {
+                                             const ForwardMemory<A, S>& room,
+                                             const Part<Clustered>& part, const Step<A>& step) {
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
-  const int half = static_cast<int>(step.t & 1), slots = static_cast<int>(s.slots);
+  const int half = static_cast<int>(step.t & 1), slots = part.slots;
   const int lane_of_warp = threadIdx.x % kWarp, lane = lane_of_warp % kHeads;
   const int warp = threadIdx.x / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
   const bool apart = room.contents != room.keys;
@@ -74,11 +79,12 @@ __device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
   const A length = room.length[half * kHeads + lane],
           strength = room.strength[half * kHeads + lane];
   const bool shifted = is_shifted(strength);
-  const int64_t of_batch = step.b * s.slots * s.width;
+  const int64_t of_batch = (step.b * s.slots + part.first) * s.width;
   S* last = step.t + 1 == s.steps ? p.history.memory_out + of_batch : nullptr;
-  S* saved = p.history.snapshots != nullptr && p.scan.has_snapshot(step.t)
-                 ? p.history.snapshots + p.scan.snapshot_at(step.t, step.b)
-                 : nullptr;
+  S* saved =
+      p.history.snapshots != nullptr && p.scan.has_snapshot(step.t)
+          ? p.history.snapshots + p.scan.snapshot_at(step.t, step.b) + int64_t{part.first} * s.width
+          : nullptr;
   S* erased_rows = p.history.erased_rows == nullptr
                        ? nullptr
                        : p.history.erased_rows + p.scan.at(step.t, step.b) * s.chosen * s.width;
@@ -95,7 +101,7 @@ __device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
       load_run<kHeads>(room.weights + row * kHeads, write[j]);
 #pragma unroll
       for (int g = 0; g < kHeads; ++g) {
-        const A previous = step.reset ? A(row == 0) : write[j][g];
+        const A previous = step.reset ? A(part.first + row == 0) : write[j][g];
         write[j][g] = g < s.heads
                           ? p.scan.write_weight(room.gate[half * kHeads + g], previous, g, mark[j])
                           : A(0);
@@ -153,7 +159,7 @@ __device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
       }
       room.scores[row * kHeads + lane] = value;
       if (lane == 0) {
-        A usage = p.usage_decay * (step.reset ? A(row == 0) : room.usage[row]);
+        A usage = p.usage_decay * (step.reset ? A(part.first + row == 0) : room.usage[row]);
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) usage += write[j][g];
         room.usage[row] = usage;
@@ -161,30 +167,48 @@ __device__ __forceinline__ void forward_rows(const ForwardScan<A, S>& p,
     }
   }
   total = sum_head(total);
-  if (lane_of_warp < kHeads) room.totals[warp * kHeads + lane] = total;
+  give_heads<Clustered>(room.totals + (static_cast<int>(part.rank) * warps + warp) * kHeads, total,
+                        layout);
 }
 
 // Scores to exponentials, less the largest score, for the heads that need it.
-template <class A, class S>
+template <bool Clustered, class A, class S>
 __device__ __forceinline__ void shift_scores(const ForwardScan<A, S>& p,
-                                             const ForwardMemory<A, S>& room, int half) {
+                                             const ForwardMemory<A, S>& room,
+                                             const Part<Clustered>& part, int half) {
   constexpr A kNothing = -std::numeric_limits<A>::infinity();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int slots = static_cast<int>(p.scan.sizes.slots);
-  if (warp < p.scan.sizes.heads && is_shifted(room.strength[half * kHeads + warp])) {
-    A* scores = room.scores + warp;
-    A top = kNothing, total = 0;
-    for (int row = lane; row < slots; row += kWarp) top = larger(top, scores[row * kHeads]);
+  const int warps = static_cast<int>(blockDim.x) / kWarp, blocks = p.layout.blocks;
+  const bool mine = warp < p.scan.sizes.heads && is_shifted(room.strength[half * kHeads + warp]);
+  A* scores = room.scores + warp;
+  A top = kNothing;
+  if (mine) {
+    for (int row = lane; row < part.slots; row += kWarp) top = larger(top, scores[row * kHeads]);
     top = largest_in_warp(top);
-    for (int row = lane; row < slots; row += kWarp) {
+  }
+  if constexpr (Clustered) {
+    if (mine && lane < blocks)
+      *cluster_shared(room.tops + part.rank * kHeads + warp, static_cast<unsigned>(lane)) = top;
+    cluster_barrier();
+    if (mine) top = largest_in_warp(lane < blocks ? room.tops[lane * kHeads + warp] : kNothing);
+  }
+  if (mine) {
+    A total = 0;
+    for (int row = lane; row < part.slots; row += kWarp) {
       A& score = scores[row * kHeads];
       score = score == kNothing ? A(0) : exponential(score - top);
       total += score;
     }
     total = warp_sum(total);
-    if (lane == 0) room.totals[warp] = total;  // the warps' were zero
+    // The warps' were zero.
+    const int at = static_cast<int>(part.rank) * warps * kHeads + warp;
+    if constexpr (Clustered) {
+      if (lane < blocks) *cluster_shared(room.totals + at, static_cast<unsigned>(lane)) = total;
+    } else {
+      if (lane == 0) room.totals[at] = total;
+    }
   }
-  __syncthreads();
+  barrier<Clustered>();
 }
 
 // Each warp finds the least-used of its slots, from `first` to before `end`.
@@ -192,41 +216,53 @@ template <class A>
 struct Chooser {
   Least<UsageOrder<A>> least;
 
-  __device__ void offer(A usage, int row) {
-    least.offer(usage_order(usage), static_cast<unsigned>(row));
+  __device__ void offer(A usage, int slot) {
+    least.offer(usage_order(usage), static_cast<unsigned>(slot));
   }
-  template <class S>
-  __device__ void finish(const ForwardMemory<A, S>& room, int warp) {
+  template <bool Clustered, class S>
+  __device__ void finish(const ForwardMemory<A, S>& room, const Part<Clustered>& part,
+                         const Layout& layout, int warp) {
     const int lane = threadIdx.x % kWarp;
+    const int list = static_cast<int>(part.rank) * layout.choosing_warps + warp;
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       UsageOrder<A> key;
       unsigned slot;
       least.take(&key, &slot);
-      if (lane == 0) {
-        room.least_key[warp * kHeads + k] = key;
-        room.least_slot[warp * kHeads + k] = slot;
+      const int at = list * kHeads + k;
+      if constexpr (Clustered) {
+        if (lane < layout.blocks) {
+          *cluster_shared(room.least_key + at, static_cast<unsigned>(lane)) = key;
+          *cluster_shared(room.least_slot + at, static_cast<unsigned>(lane)) = slot;
+        }
+      } else if (lane == 0) {
+        room.least_key[at] = key;
+        room.least_slot[at] = slot;
       }
     }
   }
 };
 
-// The n slots that step t erases and writes, in the registers of every thread.
-template <class A, class S>
+// The n slots that step t erases and writes, as rows, in the registers of every thread.
+template <bool Clustered, class A, class S>
 __device__ __forceinline__ void choose_slots(const ForwardScan<A, S>& p,
-                                             const ForwardMemory<A, S>& room, Step<A>& step) {
+                                             const ForwardMemory<A, S>& room,
+                                             const Part<Clustered>& part, Step<A>& step) {
   const Sizes& s = p.scan.sizes;
+  const int lists = p.layout.choosing_warps * p.layout.blocks;
   if (step.reset) {
 #pragma unroll
     for (int k = 0; k < kHeads; ++k)
       step.slots[k] = static_cast<unsigned>(k + 1) % static_cast<unsigned>(s.slots);
-  } else if (p.layout.choosing_warps == 1) {
+  } else if (lists == 1) {
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) step.slots[k] = room.least_slot[k];
   } else {
     Least<UsageOrder<A>> least;
-    const int i = threadIdx.x % kWarp;  // at most 8 warps choose
-    if (i < p.layout.choosing_warps * kHeads) least.offer(room.least_key[i], room.least_slot[i]);
+    // At most 8 warps choose, so what a lane meets next comes from a block of higher slots.
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < lists * kHeads; i += kWarp)
+      least.offer(room.least_key[i], room.least_slot[i]);
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       UsageOrder<A> key;
@@ -236,24 +272,32 @@ __device__ __forceinline__ void choose_slots(const ForwardScan<A, S>& p,
 #pragma unroll
   for (int k = 0; k < kHeads; ++k)
     if (k >= s.chosen) step.slots[k] = kNoSlot;
-  if (threadIdx.x == 0 && p.history.slots != nullptr)
+  if (threadIdx.x == 0 && part.rank == 0 && p.history.slots != nullptr)
 #pragma unroll
     for (int k = 0; k < kHeads; ++k)
       if (k < s.chosen) p.history.slots[p.scan.at(step.t, step.b) * s.chosen + k] = step.slots[k];
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) step.slots[k] = part.row_of(step.slots[k]);
 }
 
 // w_t = exponentials / totals; u_t += sum_r w_t; the least-used slots of each choosing warp.
-template <class A, class S>
+template <bool Clustered, class A, class S>
 __device__ __forceinline__ void forward_weights(const ForwardScan<A, S>& p,
                                                 const ForwardMemory<A, S>& room,
-                                                const Step<A>& step, const A (&inverse)[kHeads]) {
+                                                const Part<Clustered>& part, const Step<A>& step,
+                                                const A (&inverse)[kHeads]) {
   const Sizes& s = p.scan.sizes;
-  const int slots = static_cast<int>(s.slots), padded = static_cast<int>(s.padded);
+  // The last block's rows go on to the end of the padding.
+  const bool at_end = static_cast<int>(part.rank) + 1 == p.layout.blocks;
+  const int slots = part.slots, rest = static_cast<int>(s.padded) - part.first;
+  const int padded = at_end ? rest : min(p.layout.share, rest);
   const bool last = step.t + 1 == s.steps;
-  A* history = p.history.weights == nullptr
-                   ? nullptr
-                   : p.history.weights + p.scan.at(step.t, step.b) * s.heads * s.padded;
-  A* weights_out = p.weights_out + step.b * s.heads * s.slots;
+  A* history =
+      p.history.weights == nullptr
+          ? nullptr
+          : p.history.weights + p.scan.at(step.t, step.b) * s.heads * s.padded + part.first;
+  A* weights_out = p.weights_out + step.b * s.heads * s.slots + part.first;
+  A* usage_out = p.usage_out + step.b * s.slots + part.first;
   Chooser<A> chooser;
 #pragma unroll 2
   for (int row = threadIdx.x; row < padded; row += p.layout.choosing_warps * kWarp) {
@@ -269,32 +313,35 @@ __device__ __forceinline__ void forward_weights(const ForwardScan<A, S>& p,
       }
       store_run<kHeads>(room.weights + row * kHeads, w);
       room.usage[row] = usage;
-      if (last) p.usage_out[step.b * s.slots + row] = usage;
-      chooser.offer(usage, row);
+      if (last) usage_out[row] = usage;
+      chooser.offer(usage, part.first + row);
     }
     if (history != nullptr)
 #pragma unroll
       for (int g = 0; g < kHeads; ++g)
         if (g < s.heads) history[g * s.padded + row] = w[g];
   }
-  if (!last) chooser.finish(room, threadIdx.x / kWarp);
+  if (!last) chooser.finish(room, part, p.layout, threadIdx.x / kWarp);
 }
 
-template <class A, class S>
-__global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan<A, S> p) {
+template <class A, class S, bool Clustered>
+__global__ __launch_bounds__(max_threads<A>(Clustered)) void forward_scan(
+    const ForwardScan<A, S> p) {
+  if constexpr (Clustered && !kClusters) return;
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
   unsigned char* base = shared_memory<unsigned char>();
   const ForwardMemory<A, S> room(layout, p.scan.contents != p.scan.keys, base);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane_of_warp = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
-  const int slots = static_cast<int>(s.slots), width = layout.width();
+  const Part<Clustered> part(s, layout);
+  const int slots = part.slots, width = layout.width();
   const bool apart = room.contents != room.keys;
   // Of the threads that form sums: each has one run of columns of every so many rows.
   const int adder = thread - layout.choosing_warps * kWarp;
   const int group = adder / layout.runs, column = adder % layout.runs * kColumns;
   Step<A> step{};
-  step.b = blockIdx.x;
+  step.b = blockIdx.x / static_cast<unsigned>(Clustered ? layout.blocks : 1);
 
   const auto fetch = [&](int64_t t) {
     const int64_t half = (t & 1) * kHeads * width;
@@ -326,32 +373,33 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
   };
 
   fill_zero(reinterpret_cast<int4*>(base), room.bytes_of_state / 16);
-  __syncthreads();
+  barrier<Clustered>();  // and no block is given anything before it runs
   fetch(0);
   fetch_scalars(0);
   const auto fetch_memory = [&](auto vectors) {
-    fetch_initial<decltype(vectors)::value>(p.scan, room.rows, layout.stride, step.b, true, 0,
-                                            slots, slots);
+    fetch_initial<decltype(vectors)::value>(p.scan, room.rows, layout.stride, step.b, true,
+                                            part.first, slots, slots);
   };
   layout.vectors ? fetch_memory(std::true_type{}) : fetch_memory(std::false_type{});
   async_commit();
   for (int r = 0; r < s.heads; ++r)
     for (int row = thread; row < slots; row += threads)
-      room.weights[row * kHeads + r] = p.scan.read_weights[(step.b * s.heads + r) * s.slots + row];
+      room.weights[row * kHeads + r] =
+          p.scan.read_weights[(step.b * s.heads + r) * s.slots + part.first + row];
   if (warp < layout.choosing_warps) {
     Chooser<A> chooser;
 #pragma unroll 1
     for (int row = thread; row < slots; row += layout.choosing_warps * kWarp) {
-      const A usage = p.usage[step.b * s.slots + row];
+      const A usage = p.usage[step.b * s.slots + part.first + row];
       room.usage[row] = usage;
-      chooser.offer(usage, row);
+      chooser.offer(usage, part.first + row);
     }
-    chooser.finish(room, warp);
+    chooser.finish(room, part, layout, warp);
   }
   async_wait<0>();
   __syncthreads();
   prepare(0);
-  __syncthreads();
+  barrier<Clustered>();
 
   A inverse[kHeads] = {};
   const auto finish_reads = [&](int64_t t) {
@@ -363,8 +411,14 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
       A sum = 0;
 #pragma unroll 8
       for (int k = 0; k < layout.groups; ++k) sum += from[k * kHeads * width];
-      reads[i] = sum * of_head(inverse, r);
+      (Clustered ? room.reads : reads)[i] = sum * of_head(inverse, r);
     }
+  };
+  // And those of all blocks, a barrier later.
+  const auto join_reads = [&](int64_t t) {
+    A* reads = p.history.reads + p.scan.at(t, step.b) * s.heads * s.width;
+    sum_blocks<1>(room.reads, 0, s.heads * s.width, layout, part.rank,
+                  [&](int i, const A(&sum)[1]) { reads[i] = sum[0]; });
   };
 #pragma unroll 1
   for (step.t = 0; step.t < s.steps; ++step.t) {
@@ -375,23 +429,24 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
       fetch(step.t + 1);
       fetch_scalars(step.t + 1);
     }
-    choose_slots(p, room, step);
+    choose_slots(p, room, part, step);
     if (step.t > 0) finish_reads(step.t - 1);
-    forward_rows(p, room, step);
+    forward_rows(p, room, part, step);
     async_wait<0>();
-    __syncthreads();
+    barrier<Clustered>();
+    if (Clustered && step.t > 0) join_reads(step.t - 1);
     bool shifted = false;
 #pragma unroll
     for (int r = 0; r < kHeads; ++r)
       shifted = shifted || is_shifted(room.strength[half * kHeads + r]);
-    if (shifted) shift_scores(p, room, half);
+    if (shifted) shift_scores(p, room, part, half);
 
-    const A total = sum_warps(room.totals, warps);
+    const A total = sum_warps(room.totals, layout.blocks * warps);
     const A own = lane_of_warp % kHeads < s.heads ? A(1) / total : A(0);
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) inverse[g] = __shfl_sync(kAllLanes, own, g);
     if (warp < layout.choosing_warps) {
-      forward_weights(p, room, step, inverse);
+      forward_weights(p, room, part, step, inverse);
     } else if (group < layout.groups) {
       A sums[kHeads][kColumns] = {};
 #pragma unroll 2
@@ -408,44 +463,53 @@ __global__ __launch_bounds__(kMaxThreads<A>) void forward_scan(const ForwardScan
     }
     __syncwarp();
     if (more) prepare(step.t + 1);
-    __syncthreads();
+    barrier<Clustered>();
   }
   finish_reads(s.steps - 1);
+  if constexpr (Clustered) {
+    cluster_barrier();
+    join_reads(s.steps - 1);
+    cluster_barrier();  // no block ends while others read what it has
+  }
 }
 
 template <class A, class S>
-Layout forward_layout(const Forward<A, S>& p, bool vectors) {
+Layout forward_layout(const Forward<A, S>& p, bool vectors, int blocks) {
   const bool apart = p.scan.contents != p.scan.keys;
-  return fit_layout<A>(p.scan.sizes, vectors, true, [&](const Layout& layout) {
+  return fit_layout<A>(p.scan.sizes, vectors, blocks, true, [&](const Layout& layout) {
     return ForwardMemory<A, S>(layout, apart, nullptr).bytes;
   });
 }
 
 }  // namespace
 
+bool has_clusters() { return cuda::has_clusters<forward_scan<float, float, true>>(); }
+
 template <class A, class S>
-int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors) {
-  return ForwardMemory<A, S>(forward_layout(p, vectors), p.scan.contents != p.scan.keys, nullptr)
-      .bytes;
+int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors, int blocks) {
+  const bool apart = p.scan.contents != p.scan.keys;
+  return ForwardMemory<A, S>(forward_layout(p, vectors, blocks), apart, nullptr).bytes;
 }
 
 template <class A, class S>
-void forward_resident(const Forward<A, S>& arguments, const Tensor& like, bool vectors) {
+void forward_resident(const Forward<A, S>& arguments, const Tensor& like, bool vectors,
+                      int blocks) {
   const OnDevice device(like);
   ForwardScan<A, S> p{};
   static_cast<Forward<A, S>&>(p) = arguments;
-  p.layout = forward_layout(arguments, vectors);
-  launch<forward_scan<A, S>>(
-      {.grid = grid_size(p.scan.sizes.batch),
-       .block = static_cast<unsigned>(p.layout.threads),
-       .stream = device.stream(),
-       .shared_bytes = static_cast<size_t>(forward_resident_bytes(arguments, vectors))},
-      p);
+  p.layout = forward_layout(arguments, vectors, blocks);
+  const Launch how{
+      .grid = grid_size(p.scan.sizes.batch * blocks),
+      .block = static_cast<unsigned>(p.layout.threads),
+      .stream = device.stream(),
+      .shared_bytes = static_cast<size_t>(forward_resident_bytes(arguments, vectors, blocks)),
+      .cluster = static_cast<unsigned>(blocks)};
+  blocks > 1 ? launch<forward_scan<A, S, true>>(how, p) : launch<forward_scan<A, S, false>>(how, p);
 }
 
-#define INSTANTIATE(A, S)                                              \
-  template int64_t forward_resident_bytes(const Forward<A, S>&, bool); \
-  template void forward_resident(const Forward<A, S>&, const Tensor&, bool)
+#define INSTANTIATE(A, S)                                                   \
+  template int64_t forward_resident_bytes(const Forward<A, S>&, bool, int); \
+  template void forward_resident(const Forward<A, S>&, const Tensor&, bool, int)
 INSTANTIATE(float, float);
 INSTANTIATE(double, double);
 INSTANTIATE(float, __nv_bfloat16);

@@ -467,10 +467,12 @@ lstm_lrua_scan(Tensor x, Tensor h, Tensor c, Tensor reads, Tensor memory, Tensor
       const lrua::Forward<A, S> scan =
           lrua::make_forward<A, S>(s, given, options, usage, of_memory, save_for_backward);
       const bool vectors = lrua::aligned_rows(scan);
-      if (lrua::is_resident(s, [&] { return lrua::forward_resident_bytes(scan, vectors); })) {
+      const int blocks = lrua::resident_blocks(
+          s, [&](int count) { return lrua::forward_resident_bytes(scan, vectors, count); });
+      if (blocks == 1) {
         for (int64_t t = 0; t < n.steps; ++t) {
           cell(t);
-          lrua::forward_resident(one_step(scan, t), memory, vectors);
+          lrua::forward_resident(one_step(scan, t), memory, vectors, blocks);
         }
       } else {
         lrua::forward_streaming(scan, memory, vectors, cell);

@@ -39,6 +39,7 @@ int multiprocessors = [] {
 }();
 uint64_t seed = 0;
 int64_t launches = 0;
+unsigned newest_cluster = 0;
 std::mutex one_launch;
 
 uint64_t random_state;
@@ -402,6 +403,7 @@ void run(const char* kernel, const Configuration& how, void (*body)(void*), void
   kernel_closure = closure;
   failure.clear();
   ++launches;
+  newest_cluster = how.cluster;
   const dim3 &g = how.grid, &b = how.block;
   const uint64_t threads = uint64_t(b.x) * b.y * b.z, count = uint64_t(g.x) * g.y * g.z;
   if (threads < 1 || threads > 1024 || b.z > 64) error("a block must have 1 to 1024 threads");
@@ -453,5 +455,9 @@ __attribute__((visibility("default"))) void cuda_on_cpu_set_multiprocessors(int 
 }
 __attribute__((visibility("default"))) int64_t cuda_on_cpu_launches() {
   return cuda_on_cpu::launches;
+}
+// Blocks a cluster of the newest launch.
+__attribute__((visibility("default"))) unsigned cuda_on_cpu_cluster() {
+  return cuda_on_cpu::newest_cluster;
 }
 }

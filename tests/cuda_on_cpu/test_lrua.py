@@ -27,10 +27,11 @@ def streaming(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MANN_EXT_CUDA_REGIME", "streaming")
 
 
-@pytest.fixture(params=["by_size", "streaming"])
-def regime(request: pytest.FixtureRequest):
-    if request.param == "streaming":
-        request.getfixturevalue("streaming")
+@pytest.fixture(params=["by_size", "cluster", "streaming"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Chosen by size, which is one block for nearly all; shared out between 8; streamed."""
+    if request.param != "by_size":
+        monkeypatch.setenv("MANN_EXT_CUDA_REGIME", request.param)
     return request.param
 
 
@@ -94,6 +95,7 @@ OTHER_SHAPES = [
     _lrua_sample("long_reset", 12, 2, 130, 4, 2, reset=True, contents=True),
     _lrua_sample("rows_without_padding", 2, 1, 900, 20, 2),
     _lrua_sample("no_room_for_two_memories", 3, 1, 150, 40, 2),
+    _lrua_sample("shared_out", 6, 2, 500, 40, 2, reset=True, contents=True),
 ]
 
 
@@ -237,6 +239,19 @@ def test_number_of_launches(regime: str, cuda_on_cpu):
     assert cuda_on_cpu.cuda_on_cpu_launches() - before == forward
     reads.sum().backward()
     assert cuda_on_cpu.cuda_on_cpu_launches() - before == forward + backward
+
+
+@pytest.mark.parametrize(("slots", "blocks"), [(300, 1), (900, 2), (1900, 4), (3600, 8)])
+def test_as_many_blocks_as_a_memory_needs(slots: int, blocks: int, cuda_on_cpu):
+    sample = _lrua_sample("cluster", 2, 1, slots, 40, 2, reset=True)
+    want = test_lrua.run_reference(sample)[0]
+    before = cuda_on_cpu.cuda_on_cpu_launches()
+    with torch.no_grad():
+        output = ops.lrua_scan(*sample.args, **sample.options)
+    assert cuda_on_cpu.cuda_on_cpu_launches() - before == 1
+    assert cuda_on_cpu.cuda_on_cpu_cluster() == blocks
+    for got, expected in zip(output, want[:4], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_rows_that_do_not_fit_in_shared_memory_are_an_error():
