@@ -340,8 +340,8 @@ __device__ __forceinline__ void backward_columns(const BackwardScan<A, S>& p,
 }
 
 template <class A, class S, bool Clustered>
-__global__ __launch_bounds__(max_threads<A>(Clustered)) void backward_scan(
-    const BackwardScan<A, S> p) {
+__global__ __launch_bounds__(max_threads<A>(Clustered),
+                             1) void backward_scan(const BackwardScan<A, S> p) {
   if constexpr (Clustered && !kClusters) return;
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;

@@ -325,8 +325,8 @@ __device__ __forceinline__ void forward_weights(const ForwardScan<A, S>& p,
 }
 
 template <class A, class S, bool Clustered>
-__global__ __launch_bounds__(max_threads<A>(Clustered)) void forward_scan(
-    const ForwardScan<A, S> p) {
+__global__ __launch_bounds__(max_threads<A>(Clustered),
+                             1) void forward_scan(const ForwardScan<A, S> p) {
   if constexpr (Clustered && !kClusters) return;
   const Sizes& s = p.scan.sizes;
   const Layout& layout = p.layout;
