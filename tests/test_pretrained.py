@@ -47,5 +47,5 @@ def test_it_knows_characters_it_has_not_seen_from_one_example():
     with torch.no_grad():
         correct = model(inputs)[0].argmax(-1) == targets
     second, tenth = (correct[instances == n].float().mean().item() for n in (2, 10))
-    assert second > 0.89  # 93.0 % over 3,200 episodes
-    assert tenth > 0.95  # 98.2 %
+    assert second > 0.92  # 95.7 % over 3,200 episodes
+    assert tenth > 0.97  # 99.2 %
