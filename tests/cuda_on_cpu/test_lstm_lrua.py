@@ -10,7 +10,6 @@ import torch
 from mann_ext import ops
 from tests import test_lstm_lrua
 from tests.cuda_on_cpu import emulator
-from tests.cuda_on_cpu.test_lrua import regime, streaming  # noqa: F401
 from tests.samples import Sample, _lstm_lrua_sample, lstm_lrua_samples
 
 pytestmark = [emulator.needs_compiler, pytest.mark.usefixtures("cuda_on_cpu")]
@@ -18,6 +17,15 @@ SAMPLES = {sample.name: sample for sample in lstm_lrua_samples()}
 forms = pytest.mark.parametrize(
     "form", test_lstm_lrua.FORMS.values(), ids=list(test_lstm_lrua.FORMS)
 )
+
+
+@pytest.fixture(params=["by_size", "streaming"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Memories that would fit in one block's shared memory are streamed as well."""
+    if request.param == "streaming":
+        monkeypatch.setenv("MANN_EXT_CUDA_REGIME", "streaming")
+    return request.param
+
 
 # The operator's own tests, unchanged.
 test_slots = test_lstm_lrua.test_native_chooses_the_same_slots_unforced
@@ -85,7 +93,7 @@ def test_no_order_of_threads_changes_a_bit(name: str, cuda_on_cpu):
                 assert torch.equal(x, y)
 
 
-def test_number_of_launches(regime: str, cuda_on_cpu):  # noqa: F811
+def test_number_of_launches(regime: str, cuda_on_cpu):
     """Forward three a step, or four streaming; backward four, and the first and last of all."""
     sample = SAMPLES["typical"]
     steps, args = sample.args[0].shape[0], test_lstm_lrua.learnt(sample)
