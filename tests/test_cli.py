@@ -184,7 +184,7 @@ def test_every_preset_parses(name: str, capsys: pytest.CaptureFixture[str]) -> N
         (["train", "demo", "--max-minutes", "None"], "at least one limit"),
         (["train", "demo", "--device", "abacus"], "device: 'abacus' cannot be used"),
         (["train", "demo", "--resume"], "no run of demo in runs to resume"),
-        (["eval"], "expected the folder of a run"),
+        (["eval"], "expected a run's folder"),
         (["eval", "nowhere"], "no checkpoint in nowhere"),
         (["eval", "nowhere", "--episodes", "x"], "x"),
     ],
