@@ -9,7 +9,6 @@ from mann_ext import reference
 from mann_ext.ops import coordinate_lstm
 from tests import test_coordinate_lstm
 from tests.cuda_on_cpu import emulator
-from tests.cuda_on_cpu.test_lstm_lrua import regime  # noqa: F401
 from tests.test_coordinate_lstm import inputs, run
 
 pytestmark = [emulator.needs_compiler, pytest.mark.usefixtures("cuda_on_cpu")]

@@ -18,15 +18,6 @@ forms = pytest.mark.parametrize(
     "form", test_lstm_lrua.FORMS.values(), ids=list(test_lstm_lrua.FORMS)
 )
 
-
-@pytest.fixture(params=["by_size", "streaming"])
-def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Memories that would fit in one block's shared memory are streamed as well."""
-    if request.param == "streaming":
-        monkeypatch.setenv("MANN_EXT_CUDA_REGIME", "streaming")
-    return request.param
-
-
 # The operator's own tests, unchanged.
 test_slots = test_lstm_lrua.test_native_chooses_the_same_slots_unforced
 test_sixteen_bit = test_lstm_lrua.test_sixteen_bit_memory_is_rounded_every_step

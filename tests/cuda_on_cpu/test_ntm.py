@@ -15,15 +15,6 @@ from tests.samples import Sample, _ntm_sample, ntm_samples
 pytestmark = [emulator.needs_compiler, pytest.mark.usefixtures("cuda_on_cpu")]
 SAMPLES = {sample.name: sample for sample in ntm_samples()}
 
-
-@pytest.fixture(params=["by_size", "streaming"])
-def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Streaming: what would fit in shared memory lies in global memory as well."""
-    if request.param == "streaming":
-        monkeypatch.setenv("MANN_EXT_CUDA_REGIME", "streaming")
-    return request.param
-
-
 # The operator's own tests, unchanged.
 test_float32 = test_ntm.test_float32_error_is_at_most_twice_the_references_own
 test_nan = test_ntm.test_nan_in_any_input_ends_up_where_the_reference_has_it
