@@ -330,6 +330,32 @@ def coordinates(repeats: int, steps: int = 5, count: int = 152_000) -> list[dict
     ]  # fmt: skip
 
 
+def lstms(repeats: int, steps: int = 50, width: int = 405) -> list[dict[str, Any]]:
+    """An LSTM of 200 units against cuDNN's, by batch size; `CUDNN_BATCH` in mann_ext/models is
+    where it should be given up."""
+    rows = []
+    for batch in (1, 16, 64, 256, 512, 1024):
+        module = torch.nn.LSTM(width, 200, device=DEVICE)
+        weights = list(module.parameters())
+        zeros = torch.zeros(batch, 200, device=DEVICE)
+        sets = [(torch.rand(steps, batch, width, device=DEVICE), *weights) for _ in range(4)]
+
+        def native(x: Tensor, *weights: Tensor, zeros: Tensor = zeros) -> Tensor:
+            return ops.lstm_scan(x, zeros, zeros, *weights).hidden
+
+        def cudnn(x: Tensor, *_: Tensor, module: torch.nn.LSTM = module) -> Tensor:
+            hidden: Tensor = module(x)[0]
+            return hidden
+
+        contenders: dict[str, list[Run]] = {}
+        for name, run in (("native", native), ("cuDNN", cudnn)):
+            contenders[name] = [both(run, inputs, weights) for inputs in sets]
+            contenders[f"{name}, forward"] = [forward(run, inputs) for inputs in sets]
+        ms = side_by_side(contenders, repeats)
+        rows.append({"what": "LSTM 200", "steps": steps, "batch": batch, "ms": ms})
+    return rows
+
+
 def pooled_relus(repeats: int, queries: int = 50) -> list[dict[str, Any]]:
     """The first layer of a MetaNet's base learner after its convolutions, as a share of the
     bandwidth."""
@@ -408,6 +434,7 @@ def main() -> None:
         lambda: batches(arguments.repeats),
         lambda: regimes(min(arguments.repeats, 10)),
         lambda: streaming(min(arguments.repeats, 7)),
+        lambda: lstms(arguments.repeats),
         lambda: coordinates(arguments.repeats),
         lambda: pooled_relus(arguments.repeats),
         peak_memory,

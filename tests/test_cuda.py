@@ -17,6 +17,7 @@ from tests import (
     test_content,
     test_coordinate_lstm,
     test_lrua,
+    test_lstm,
     test_lstm_lrua,
     test_ntm,
     test_relu_pool,
@@ -61,6 +62,7 @@ def on_gpu() -> Iterator[None]:
         mock.patch.object(test_content.ops, "content_read", moved(ops.content_read)),
         mock.patch.object(test_lstm_lrua.ops, "lstm_lrua_scan", moved(ops.lstm_lrua_scan)),
         mock.patch.object(test_coordinate_lstm, "coordinate_lstm", moved(ops.coordinate_lstm)),
+        mock.patch.object(test_lstm, "lstm_scan", moved(ops.lstm_scan)),
         mock.patch.object(test_relu_pool, "relu_pool", moved(ops.relu_pool)),
         mock.patch.object(test_lrua, "native_slots", _raw(test_lrua.native_slots)),
         mock.patch.object(test_lstm_lrua, "native_slots", _raw(test_lstm_lrua.native_slots)),
@@ -115,6 +117,13 @@ test_coordinates_float32 = test_coordinate_lstm.test_float32_is_as_exact_as_the_
 test_coordinates_derivatives = test_coordinate_lstm.test_first_and_second_derivatives_by_weights
 test_coordinates_lstm = test_coordinate_lstm.test_it_is_an_lstm_and_a_linear_layer
 test_coordinates_empty = test_coordinate_lstm.test_no_coordinates_and_no_steps
+test_lstm_values = test_lstm.test_values_and_gradients_are_those_of_the_loop
+test_lstm_any_shape = test_lstm.test_odd_sizes
+test_lstm_derivatives = test_lstm.test_first_and_second_derivatives
+test_lstm_reset = test_lstm.test_a_reset_forgets_everything_even_nan
+test_lstm_huge = test_lstm.test_huge_gates_saturate
+test_lstm_nan = test_lstm.test_nan_and_infinity_end_up_where_the_loop_has_them
+test_lstm_small = test_lstm.test_small_gates_keep_their_digits
 test_pool_float = test_relu_pool.test_values_and_gradients_are_exactly_the_reference_s
 test_pool_nan = test_relu_pool.test_nan_and_infinity_stay_what_they_are
 test_pool_derivatives = test_relu_pool.test_first_and_second_derivatives
@@ -158,6 +167,7 @@ class TestClusters:
     test_sixteen_bit = staticmethod(test_lrua.test_sixteen_bit_memory_is_rounded_every_step)
     test_slots = staticmethod(test_lrua.test_native_chooses_the_same_slots_unforced)
     test_sharp = staticmethod(test_lrua.test_sharp_reads_stay_finite)
+    test_lstm = staticmethod(test_lstm.test_values_and_gradients_are_those_of_the_loop)
 
 
 def paper_size(slots: int = 128, width: int = 40, steps: int = 20) -> tuple[torch.Tensor, ...]:
@@ -291,6 +301,39 @@ def test_more_gradients_than_32_bits_count():
     assert made[-1] != made[-2]
 
 
+def lstm_inputs(batch: int, hidden: int) -> list[torch.Tensor]:
+    tensors = [x.to(DEVICE) for x in test_lstm.inputs(30, batch, 40, hidden, torch.float32)]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def of_lstm(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    output = ops.lstm_scan(*tensors)
+    return [*output, *torch.autograd.grad(output.hidden.sin().sum(), tensors)]
+
+
+# One block, clusters with one and with several elements of the batch, and streamed.
+@pytest.mark.parametrize(("batch", "hidden"), [(40, 20), (16, 200), (300, 200), (16, 300)])
+def test_an_lstm_has_the_same_bits_every_time_and_its_graph_repeats_it(batch: int, hidden: int):
+    tensors = lstm_inputs(batch, hidden)
+    first = of_lstm(tensors)
+    for _ in range(3):
+        torch.full((2**24,), float("nan"), device=DEVICE)  # what is not written would show
+        assert all(map(torch.equal, first, of_lstm(tensors)))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            of_lstm(tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = of_lstm(tensors)
+    with torch.no_grad():
+        tensors[0].neg_()
+    graph.replay()
+    assert all(map(torch.equal, captured, of_lstm(tensors)))
+
+
 @pytest.mark.parametrize("slots", [128, 20_000])
 def test_a_cuda_graph_repeats_a_model_with_read_feedback(slots: int):
     torch.manual_seed(0)
@@ -379,6 +422,7 @@ def test_the_module_trains_as_on_the_cpu():
 def test_the_library_has_every_cuda_kernel():
     names = {
         "lrua_scan", "ntm_scan", "content_read", "lstm_lrua_scan", "coordinate_lstm", "relu_pool",
+        "lstm_scan",
     }  # fmt: skip
     names |= {f"{name}_backward" for name in names}
     assert names <= _library.native_operators("cuda")

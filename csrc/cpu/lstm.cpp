@@ -6,7 +6,7 @@
 
 #include "cpu/driver.h"
 #include "cpu/isa.h"
-#include "ops.h"
+#include "lstm_tensors.h"
 
 namespace mann_ext::lstm {
 namespace {
@@ -35,44 +35,17 @@ int64_t panel_bytes(const Kernels& k, int64_t columns, int64_t depth) {
   return panels(columns, k.width) * k.width * depth * k.bytes;
 }
 
-void check_inputs(const char* op, const Tensor& x, const Tensor& h, const Tensor& c,
-                  const Tensor& weight_ih, const Tensor& weight_hh,
-                  const std::optional<Tensor>& reset) {
-  require(x.dim() == 3 && h.dim() == 2, std::string(op) +
-                                            ": expected x (T, B, I) and h (B, H), "
-                                            "got " +
-                                            shape_text(x) + " and " + shape_text(h));
-  const ScalarType dtype = x.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::Double,
-          std::string(op) + ": x must be float32 or float64");
-  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), H = h.size(1);
-  require(I > 0 && H > 0, std::string(op) + ": x and h must have columns");
-  check_tensor(op, "x", x, {T, B, I}, dtype);
-  check_tensor(op, "h", h, {B, H}, dtype);
-  check_tensor(op, "c", c, {B, H}, dtype);
-  check_tensor(op, "weight_ih", weight_ih, {4 * H, I}, dtype);
-  check_tensor(op, "weight_hh", weight_hh, {4 * H, H}, dtype);
-  check_tensor(op, "reset", reset, {T, B}, ScalarType::Bool);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h, Tensor c,
                                                              Tensor weight_ih, Tensor weight_hh,
                                                              Tensor bias_ih, Tensor bias_hh,
                                                              std::optional<Tensor> reset,
                                                              bool save_for_backward) {
-  constexpr const char* op = "lstm_scan";
-  check_inputs(op, x, h, c, weight_ih, weight_hh, reset);
-  const ScalarType dtype = x.scalar_type();
-  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), H = h.size(1);
-  check_tensor(op, "bias_ih", bias_ih, {4 * H}, dtype);
-  check_tensor(op, "bias_hh", bias_hh, {4 * H}, dtype);
-  Tensor hidden = new_tensor(x, {T, B, H}, dtype);
-  Tensor h_out = new_tensor(x, {B, H}, dtype);
-  Tensor c_out = new_tensor(x, {B, H}, dtype);
-  Tensor gates = new_tensor(x, {T, B, 4 * H}, dtype);
-  Tensor cells = save_for_backward ? new_tensor(x, {T, B, H}, dtype) : new_tensor(x, {0}, dtype);
+  const Given in{x, h, c, weight_ih, weight_hh, reset};
+  const auto [T, B, I, H] = check_forward("lstm_scan", in, bias_ih, bias_hh);
+  const Outputs out = make_outputs(in, {T, B, I, H}, save_for_backward);
+  const Tensor gates = new_tensor(x, {T, B, 4 * H}, in.dtype());
 
-  const Kernels& k = kernels(dtype);
+  const Kernels& k = kernels(in.dtype());
   const int64_t of_inputs = panel_bytes(k, 4 * H, I), of_state = panel_bytes(k, 4 * H, H);
   Workspace workspace({of_inputs, of_state});
   const Scan s{T,
@@ -89,17 +62,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h,
                static_cast<const bool*>(data(reset)),
                workspace.take(of_inputs),
                workspace.take(of_state),
-               hidden.mutable_data_ptr(),
-               h_out.mutable_data_ptr(),
-               c_out.mutable_data_ptr(),
+               out.hidden.mutable_data_ptr(),
+               out.h.mutable_data_ptr(),
+               out.c.mutable_data_ptr(),
                gates.mutable_data_ptr(),
-               save_for_backward ? cells.mutable_data_ptr() : nullptr};
+               save_for_backward ? out.cells.mutable_data_ptr() : nullptr};
   if (T > 0 && B > 0) {
     parallel(2 * panels(4 * H, k.width), [&](int64_t i, int64_t end) { k.pack(s, i, end); });
     parallel_rows(T * B, [&](int64_t i, int64_t end) { k.project(s, i, end); });
   }
   parallel_groups(k, B, H, [&](void* room, int64_t i, int64_t end) { k.scan(s, room, i, end); });
-  return {hidden, h_out, c_out, save_for_backward ? gates : new_tensor(x, {0}, dtype), cells};
+  return {out.hidden, out.h, out.c, save_for_backward ? gates : new_tensor(x, {0}, in.dtype()),
+          out.cells};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
@@ -107,22 +81,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
     std::optional<Tensor> grad_c_out, Tensor x, Tensor h, Tensor c, Tensor weight_ih,
     Tensor weight_hh, std::optional<Tensor> reset, Tensor hidden, Tensor gates, Tensor cells,
     bool need_x_grad) {
-  constexpr const char* op = "lstm_scan_backward";
-  check_inputs(op, x, h, c, weight_ih, weight_hh, reset);
-  const ScalarType dtype = x.scalar_type();
-  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), H = h.size(1);
-  check_tensor(op, "grad_hidden", grad_hidden, {T, B, H}, dtype);
-  check_tensor(op, "grad_h_out", grad_h_out, {B, H}, dtype);
-  check_tensor(op, "grad_c_out", grad_c_out, {B, H}, dtype);
-  check_tensor(op, "hidden", hidden, {T, B, H}, dtype);
-  check_tensor(op, "gates", gates, {T, B, 4 * H}, dtype);
-  check_tensor(op, "cells", cells, {T, B, H}, dtype);
-  Tensor grad_x = need_x_grad ? new_tensor(x, {T, B, I}, dtype) : new_tensor(x, {0}, dtype);
-  Tensor grad_h = new_tensor(x, {B, H}, dtype);
-  Tensor grad_c = new_tensor(x, {B, H}, dtype);
-  Tensor grad_weight_ih = new_tensor(x, {4 * H, I}, dtype);
-  Tensor grad_weight_hh = new_tensor(x, {4 * H, H}, dtype);
-  Tensor grad_bias = new_tensor(x, {4 * H}, dtype);
+  const Given in{x, h, c, weight_ih, weight_hh, reset};
+  const auto [T, B, I, H] = check_backward(
+      "lstm_scan_backward", in, {grad_hidden, grad_h_out, grad_c_out, hidden, gates, cells});
+  const ScalarType dtype = in.dtype();
+  const Tensor grad_x = need_x_grad ? new_tensor(x, {T, B, I}, dtype) : new_tensor(x, {0}, dtype);
+  const Tensor grad_h = new_tensor(x, {B, H}, dtype), grad_c = new_tensor(x, {B, H}, dtype);
+  const Tensor grad_weight_ih = new_tensor(x, {4 * H, I}, dtype);
+  const Tensor grad_weight_hh = new_tensor(x, {4 * H, H}, dtype);
+  const Tensor grad_bias = new_tensor(x, {4 * H}, dtype);
 
   const Kernels& k = kernels(dtype);
   const int64_t of_x = panel_bytes(k, I, T * B), of_previous = panel_bytes(k, H, T * B);

@@ -90,6 +90,17 @@ __device__ __forceinline__ void give_heads(A* to, A number, const Layout& layout
   }
 }
 
+// Puts a number that all lanes have at `to` in every block.
+template <bool Clustered, class T>
+__device__ __forceinline__ void give(T* to, T number, const Layout& layout) {
+  const int lane = threadIdx.x % kWarp;
+  if constexpr (Clustered) {
+    if (lane < layout.blocks) *cluster_shared(to, static_cast<unsigned>(lane)) = number;
+  } else {
+    if (lane == 0) *to = number;
+  }
+}
+
 // Calls finish(i, x) with the sums x over all blocks of the C numbers at from + i, from + i +
 // stride ..., for this block's part of the i before `count`.
 template <int C, class A, class F>

@@ -187,8 +187,7 @@ __device__ __forceinline__ void shift_scores(const ForwardScan<A, S>& p,
     top = largest_in_warp(top);
   }
   if constexpr (Clustered) {
-    if (mine && lane < blocks)
-      *cluster_shared(room.tops + part.rank * kHeads + warp, static_cast<unsigned>(lane)) = top;
+    if (mine) give<true>(room.tops + part.rank * kHeads + warp, top, p.layout);
     cluster_barrier();
     if (mine) top = largest_in_warp(lane < blocks ? room.tops[lane * kHeads + warp] : kNothing);
   }
@@ -202,11 +201,7 @@ __device__ __forceinline__ void shift_scores(const ForwardScan<A, S>& p,
     total = warp_sum(total);
     // The warps' were zero.
     const int at = static_cast<int>(part.rank) * warps * kHeads + warp;
-    if constexpr (Clustered) {
-      if (lane < blocks) *cluster_shared(room.totals + at, static_cast<unsigned>(lane)) = total;
-    } else {
-      if (lane == 0) room.totals[at] = total;
-    }
+    give<Clustered>(room.totals + at, total, p.layout);
   }
   barrier<Clustered>();
 }
@@ -222,23 +217,14 @@ struct Chooser {
   template <bool Clustered, class S>
   __device__ void finish(const ForwardMemory<A, S>& room, const Part<Clustered>& part,
                          const Layout& layout, int warp) {
-    const int lane = threadIdx.x % kWarp;
     const int list = static_cast<int>(part.rank) * layout.choosing_warps + warp;
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       UsageOrder<A> key;
       unsigned slot;
       least.take(&key, &slot);
-      const int at = list * kHeads + k;
-      if constexpr (Clustered) {
-        if (lane < layout.blocks) {
-          *cluster_shared(room.least_key + at, static_cast<unsigned>(lane)) = key;
-          *cluster_shared(room.least_slot + at, static_cast<unsigned>(lane)) = slot;
-        }
-      } else if (lane == 0) {
-        room.least_key[at] = key;
-        room.least_slot[at] = slot;
-      }
+      give<Clustered>(room.least_key + list * kHeads + k, key, layout);
+      give<Clustered>(room.least_slot + list * kHeads + k, slot, layout);
     }
   }
 };
@@ -474,11 +460,16 @@ __global__ __launch_bounds__(max_threads<A>(Clustered),
 }
 
 template <class A, class S>
-Layout forward_layout(const Forward<A, S>& p, bool vectors, int blocks) {
-  const bool apart = p.scan.contents != p.scan.keys;
-  return fit_layout<A>(p.scan.sizes, vectors, blocks, true, [&](const Layout& layout) {
-    return ForwardMemory<A, S>(layout, apart, nullptr).bytes;
-  });
+ForwardScan<A, S> make_forward(const Forward<A, S>& arguments, bool vectors, int blocks,
+                               int64_t* bytes) {
+  ForwardScan<A, S> p{};
+  static_cast<Forward<A, S>&>(p) = arguments;
+  const auto needed = [&](const Layout& layout) {
+    return ForwardMemory<A, S>(layout, p.scan.contents != p.scan.keys, nullptr).bytes;
+  };
+  p.layout = fit_layout<A>(p.scan.sizes, vectors, blocks, true, needed);
+  *bytes = needed(p.layout);
+  return p;
 }
 
 }  // namespace
@@ -486,24 +477,23 @@ Layout forward_layout(const Forward<A, S>& p, bool vectors, int blocks) {
 bool has_clusters() { return cuda::has_clusters<forward_scan<float, float, true>>(); }
 
 template <class A, class S>
-int64_t forward_resident_bytes(const Forward<A, S>& p, bool vectors, int blocks) {
-  const bool apart = p.scan.contents != p.scan.keys;
-  return ForwardMemory<A, S>(forward_layout(p, vectors, blocks), apart, nullptr).bytes;
+int64_t forward_resident_bytes(const Forward<A, S>& arguments, bool vectors, int blocks) {
+  int64_t bytes;
+  make_forward(arguments, vectors, blocks, &bytes);
+  return bytes;
 }
 
 template <class A, class S>
 void forward_resident(const Forward<A, S>& arguments, const Tensor& like, bool vectors,
                       int blocks) {
   const OnDevice device(like);
-  ForwardScan<A, S> p{};
-  static_cast<Forward<A, S>&>(p) = arguments;
-  p.layout = forward_layout(arguments, vectors, blocks);
-  const Launch how{
-      .grid = grid_size(p.scan.sizes.batch * blocks),
-      .block = static_cast<unsigned>(p.layout.threads),
-      .stream = device.stream(),
-      .shared_bytes = static_cast<size_t>(forward_resident_bytes(arguments, vectors, blocks)),
-      .cluster = static_cast<unsigned>(blocks)};
+  int64_t bytes;
+  const ForwardScan<A, S> p = make_forward(arguments, vectors, blocks, &bytes);
+  const Launch how{.grid = grid_size(p.scan.sizes.batch * blocks),
+                   .block = static_cast<unsigned>(p.layout.threads),
+                   .stream = device.stream(),
+                   .shared_bytes = static_cast<size_t>(bytes),
+                   .cluster = static_cast<unsigned>(blocks)};
   blocks > 1 ? launch<forward_scan<A, S, true>>(how, p) : launch<forward_scan<A, S, false>>(how, p);
 }
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mann_ext import _library
 from mann_ext.memory import _inputs
-from mann_ext.ops.lstm import lstm_cell, lstm_loop, lstm_scan, needs_loop
+from mann_ext.ops.lstm import is_resident, lstm_cell, lstm_loop, lstm_scan, needs_loop
 
 __all__ = ["ControllerState", "FeedForwardController", "LSTMController"]
 
@@ -39,16 +39,22 @@ torch.serialization.add_safe_globals([ControllerState])
 Cell = Callable[[Tensor, "Tensor | None", ControllerState], tuple[Tensor, ControllerState]]
 
 
+CUDNN_BATCH = 512
+"""From here on cuDNN's products of the whole batch are expected to be quicker."""
+
+
 class LSTMController(nn.Module):
     """An LSTM with the parameters of ``nn.LSTM`` and two ways to run it::
 
         i, f, g, o = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
         c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(c_t)
 
-    Fused, it is one call for all steps: :func:`mann_ext.ops.lstm_scan` on the CPU, elsewhere (and
-    under autocast, or without the native operators) PyTorch's. A loop over plain operations is
-    slower, but allows torch.func and forward mode; torch.compile and torch.export need it where
-    PyTorch's would run, and torch.compile of vmap of grad everywhere (fused=False).
+    Fused, it is one call for all steps: :func:`mann_ext.ops.lstm_scan` on the CPU, and on a GPU
+    where that is one kernel launch (compute capability 9, up to 256 units in float32) for a batch
+    of up to 512; elsewhere (and under autocast, or without the native operators) PyTorch's. A loop
+    over plain operations is slower, but allows torch.func and forward mode; torch.compile and
+    torch.export need it where PyTorch's would run, and torch.compile of vmap of grad everywhere
+    (fused=False).
 
     Args:
         input_size: I.
@@ -143,13 +149,16 @@ class LSTMController(nn.Module):
         return hidden, ControllerState(h, c)
 
     def _native(self, x: Tensor) -> bool:
-        """Whether the operator ``lstm_scan`` has a kernel for this call."""
-        return (
-            x.device.type == "cpu"
+        """Whether ``lstm_scan`` has a kernel for this call; on a GPU, a quicker one than cuDNN."""
+        possible = (
+            x.device.type in ("cpu", "cuda")
             and x.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled(x.device.type)
             and _library.use_native(x.device, "lstm_scan")
         )
+        if not possible or x.device.type == "cpu":
+            return possible
+        return x.shape[1] <= CUDNN_BATCH and is_resident(x, self.hidden_size)
 
     def step(
         self, x: Tensor, state: ControllerState | None = None

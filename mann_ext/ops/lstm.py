@@ -14,6 +14,11 @@ from mann_ext.ops import _common
 
 __all__ = ["LSTMScanOutput", "lstm_cell", "lstm_loop", "lstm_scan"]
 
+RESIDENT = {torch.float32: 256, torch.float64: 128}
+"""Most hidden units whose recurrent weights a cluster of a GPU keeps in its registers."""
+ONE_BLOCK = 32
+"""Most of them that need no cluster (compute capability 9)."""
+
 
 class LSTMScanOutput(NamedTuple):
     """h of every step (T, B, H), and h and c (B, H) after the last."""
@@ -40,8 +45,8 @@ def lstm_scan(
         i, f, g, o = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
         c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(c_t)
 
-    The native kernel computes no gradient for an ``x`` that needs none. On other devices, under
-    torch.func and in forward mode the steps run in plain operations.
+    The native kernels compute no gradient for an ``x`` that needs none. Without one for the device,
+    under torch.func and in forward mode the steps run in plain operations.
 
     Args:
         x: (T, B, I), float32 or float64; all other tensors have its dtype.
@@ -80,6 +85,13 @@ def lstm_scan(
         arguments = [tensor.view_as(tensor) for tensor in arguments]
     output = _common.apply_directly(_Scan, *arguments, _contiguous(reset), save)
     return LSTMScanOutput(*output[:3])
+
+
+def is_resident(x: Tensor, hidden: int) -> bool:
+    """Whether all steps of :func:`lstm_scan` are one kernel launch on the GPU that x is on."""
+    return hidden <= RESIDENT.get(x.dtype, 0) and (
+        hidden <= ONE_BLOCK or torch.cuda.get_device_properties(x.device).major >= 9
+    )
 
 
 def needs_loop() -> bool:
