@@ -41,7 +41,7 @@ build-cuda: ## compile the operators, the CUDA ones too, for the installed PYTHO
 
 SANITIZE = compute-sanitizer --error-exitcode 1 --target-processes all
 SANITIZED = -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
-  -k "float64 and (typical or reset or several or coordinates or pool)"
+  -k "float64 and (typical or reset or several or coordinates or pool) or lstm_reset"
 
 test-cuda: build-cuda ## run the operators' tests on the GPU, and a few under compute-sanitizer
 	$(PYTHON) -m pytest -q tests/test_cuda.py $(PYTEST_ARGS)

@@ -167,7 +167,8 @@ class TestClusters:
     test_sixteen_bit = staticmethod(test_lrua.test_sixteen_bit_memory_is_rounded_every_step)
     test_slots = staticmethod(test_lrua.test_native_chooses_the_same_slots_unforced)
     test_sharp = staticmethod(test_lrua.test_sharp_reads_stay_finite)
-    test_lstm = staticmethod(test_lstm.test_values_and_gradients_are_those_of_the_loop)
+    test_lstm_values = staticmethod(test_lstm.test_values_and_gradients_are_those_of_the_loop)
+    test_lstm_reset = staticmethod(test_lstm.test_a_reset_forgets_everything_even_nan)
 
 
 def paper_size(slots: int = 128, width: int = 40, steps: int = 20) -> tuple[torch.Tensor, ...]:
