@@ -195,6 +195,22 @@ sizes = pytest.mark.parametrize(
 )
 
 
+def as_graph(
+    run: Callable[[], list[torch.Tensor]],
+) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A CUDA graph of ``run``, and the tensors that a replay writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
 def differentiated(inputs: tuple[torch.Tensor, ...], **form: Any) -> list[torch.Tensor]:
     learnt = [x.detach().requires_grad_() for x in inputs[3:]]
     output = _LRUA_SCAN(*inputs[:3], *learnt, **form)
@@ -229,15 +245,7 @@ def test_nothing_waits_for_the_gpu(slots: int, form: dict[str, Any]):
 @sizes
 def test_a_cuda_graph_repeats_forward_and_backward(slots: int, form: dict[str, Any]):
     inputs = paper_size(slots)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            differentiated(inputs, **form)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = differentiated(inputs, **form)
+    graph, captured = as_graph(lambda: differentiated(inputs, **form))
     inputs[3].neg_()
     graph.replay()
     for x, y in zip(captured, differentiated(inputs, **form), strict=True):
@@ -275,15 +283,7 @@ def test_coordinates_have_the_same_bits_every_time_and_wait_for_nothing(hidden: 
 @pytest.mark.parametrize("hidden", [20, 8, 200])
 def test_a_cuda_graph_repeats_coordinates(hidden: int):
     tensors = coordinate_inputs(hidden)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            of_coordinates(tensors)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = of_coordinates(tensors)
+    graph, captured = as_graph(lambda: of_coordinates(tensors))
     tensors[0].neg_()
     graph.replay()
     assert all(map(torch.equal, captured, of_coordinates(tensors)))
@@ -320,15 +320,7 @@ def test_an_lstm_has_the_same_bits_every_time_and_its_graph_repeats_it(batch: in
     for _ in range(3):
         torch.full((2**24,), float("nan"), device=DEVICE)  # what is not written would show
         assert all(map(torch.equal, first, of_lstm(tensors)))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            of_lstm(tensors)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = of_lstm(tensors)
+    graph, captured = as_graph(lambda: of_lstm(tensors))
     with torch.no_grad():
         tensors[0].neg_()
     graph.replay()
@@ -345,15 +337,7 @@ def test_a_cuda_graph_repeats_a_model_with_read_feedback(slots: int):
         y, _ = model(x)
         return [y, *torch.autograd.grad(y.sin().sum(), parameters)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = as_graph(run)
     x.neg_()
     graph.replay()
     for a, b in zip(captured, run(), strict=True):

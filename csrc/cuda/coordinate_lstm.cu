@@ -11,10 +11,8 @@
 //
 // H = kKnown is known to the compiler. Other sizes read the weights from global memory, and where
 // shared memory is too small (more than 100 units backward on sm_90) all the rest lies there too;
-// MANN_EXT_CUDA_REGIME=streaming, which is read at each call, does that for all sizes.
+// MANN_EXT_CUDA_REGIME=streaming does that for all sizes.
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 #include <tuple>
 
 #include "coordinate_lstm_tensors.h"
@@ -519,11 +517,6 @@ __global__ __launch_bounds__(kSumWarps* kWarp) void sum_blocks(const double* par
 
 // ---------------------------------------------------------------- host
 
-bool streams() {
-  const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");
-  return regime != nullptr && std::string_view(regime) == "streaming";
-}
-
 // How many blocks run Kernel, and with how much shared memory.
 struct Grid {
   int64_t blocks;
@@ -537,8 +530,8 @@ constexpr int64_t kScratchBytes = int64_t{1} << 29;
 template <auto Kernel, class A, int Known>
 Grid plan(Arguments<A>& p, bool backward, int64_t kept_bytes) {
   p.room_bytes = Room<A, Known>(p.hidden, backward, nullptr).bytes;
-  const bool fits =
-      Known != 0 || (!streams() && p.room_bytes <= static_cast<int64_t>(max_shared_bytes()));
+  const bool fits = Known != 0 || (regime() != "streaming" &&
+                                   p.room_bytes <= static_cast<int64_t>(max_shared_bytes()));
   const size_t shared_bytes = fits ? static_cast<size_t>(p.room_bytes) : 0;
   if (!fits) kept_bytes += p.room_bytes;
   const int64_t tiles = (p.coordinates + kCoordinates<A> - 1) / kCoordinates<A>;
@@ -565,7 +558,7 @@ void start(Arguments<A>& p, const Grid& grid, const Tensor& like, const OnDevice
 template <class F>
 void for_kind(const Tensor& like, const Sizes& n, F&& f) {
   const auto with = [&](auto number) {
-    if (n.hidden == kKnown && !streams())
+    if (n.hidden == kKnown && regime() != "streaming")
       f(number, std::integral_constant<int, kKnown>{});
     else
       f(number, std::integral_constant<int, 0>{});

@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -73,6 +74,15 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 inline size_t max_shared_bytes() {
   return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
+
+// How kernels that have several ways to run choose: empty, by size; streaming, nothing stays on a
+// multiprocessor from step to step; block, only what one of them holds; cluster, whatever is held
+// is shared out between kMaxCluster. Read at each call.
+inline std::string_view regime() {
+  const char* value = std::getenv("MANN_EXT_CUDA_REGIME");
+  return value == nullptr ? "" : value;
+}
+constexpr int kMaxCluster = 8;  // blocks, that every device with clusters has
 
 struct Launch {
   dim3 grid, block;
@@ -319,6 +329,20 @@ __device__ __forceinline__ void cluster_barrier() {
 #elif __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
+}
+// In the machine code of older architectures the kernels of clusters are empty.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+// Waits for all threads that work together: the cluster's, or the block's.
+template <bool Clustered>
+__device__ __forceinline__ void barrier() {
+  if constexpr (Clustered)
+    cluster_barrier();
+  else
+    __syncthreads();
 }
 __device__ __forceinline__ unsigned cluster_rank() {
 #if !defined(__CUDACC__)

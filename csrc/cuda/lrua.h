@@ -494,7 +494,6 @@ __device__ __forceinline__ A largest_in_warp(A x) {
 // The resident form is for at most kGroup heads and rows of kMaxResidentWidth columns; `blocks` of
 // a cluster share the memory of a batch element, and each needs so many bytes of shared memory.
 constexpr int kMaxResidentWidth = 512;
-constexpr int kMaxCluster = 8;  // that every device with clusters has
 bool has_clusters();
 
 // Launches what makes a step's keys from the step before: before the launches of that step or, on

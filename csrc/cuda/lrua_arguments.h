@@ -1,9 +1,7 @@
 // How a driver of the LRUA's CUDA kernels fills in their arguments and chooses between their forms.
 #pragma once
 
-#include <cstdlib>
 #include <string>
-#include <string_view>
 
 #include "cuda/lrua.h"
 #include "lrua_tensors.h"
@@ -126,20 +124,18 @@ bool aligned_rows(const Backward<A, S>& p) {
 // (compute capability 9 and above). That is wherever memory, weights, usage and room for sums fit
 // there: of slots of 40 float32 numbers 1,000 a multiprocessor forward and 350 backward. Streaming:
 // everything else, and there writes may be deferred. All save the same for the backward pass, which
-// chooses for itself. MANN_EXT_CUDA_REGIME, which is read at each call, may be streaming: all is
-// streamed; block: so is what does not fit in one; cluster: what is resident has 8 blocks.
+// chooses for itself. MANN_EXT_CUDA_REGIME changes that: see regime().
 //
 // Returns the number of blocks, or 0: streaming.
 template <class Bytes>
 int resident_blocks(const Sizes& s, Bytes&& bytes) {
-  const char* variable = std::getenv("MANN_EXT_CUDA_REGIME");
-  const std::string_view regime = variable == nullptr ? "" : variable;
+  const std::string_view chosen = regime();
   const auto most = static_cast<int64_t>(max_shared_bytes());
-  if (regime == "streaming" || s.heads > kGroup || s.width > kMaxResidentWidth ||
+  if (chosen == "streaming" || s.heads > kGroup || s.width > kMaxResidentWidth ||
       s.slots > kMaxCluster * most)
     return 0;
-  for (int blocks = regime == "cluster" ? kMaxCluster : 1; blocks <= kMaxCluster; blocks *= 2) {
-    if (blocks > 1 && (regime == "block" || !has_clusters())) break;
+  for (int blocks = chosen == "cluster" ? kMaxCluster : 1; blocks <= kMaxCluster; blocks *= 2) {
+    if (blocks > 1 && (chosen == "block" || !has_clusters())) break;
     if (bytes(blocks) <= most) return blocks;
   }
   return 0;

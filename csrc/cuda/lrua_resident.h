@@ -27,12 +27,6 @@ template <class A>
 __host__ __device__ constexpr int max_threads(bool clustered) {
   return (sizeof(A) == 4 ? kMaxWarps : kMaxWarps / 2) * kWarp * (clustered ? 3 : 4) / 4;
 }
-// In the machine code of older architectures the kernels of clusters are empty.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kClusters = false;
-#else
-constexpr bool kClusters = true;
-#endif
 
 struct Layout {
   int blocks;  // that share the memory of a batch element
@@ -68,15 +62,6 @@ struct Part {
     return row < static_cast<unsigned>(slots) ? row : ~0u;
   }
 };
-
-// Waits for all threads that work on a batch element.
-template <bool Clustered>
-__device__ __forceinline__ void barrier() {
-  if constexpr (Clustered)
-    cluster_barrier();
-  else
-    __syncthreads();
-}
 
 // Puts a number of each head, which its lanes have, at `to` in every block.
 template <bool Clustered, class A>

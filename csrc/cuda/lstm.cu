@@ -8,14 +8,11 @@
 // the unit's column of it. Floor: 4 H^2 multiply-adds a step and element, and a step's chain of
 // loads, sums, two activations and a barrier.
 //
-// Streaming: launches for each step (lstm_steps.h), where W_hh has more rows than that, clusters
-// are missing or MANN_EXT_CUDA_REGIME, which is read at each call, is streaming; for `block` where
-// more than one block is needed, and for `cluster` a cluster has 8 blocks whatever the size.
+// Streaming: launches for each step (lstm_steps.h), where there are more units than that or no
+// clusters, or MANN_EXT_CUDA_REGIME says so: see regime().
 #include "lstm_tensors.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 #include <tuple>
 #include <type_traits>
 
@@ -29,6 +26,7 @@ namespace streaming = cuda::lstm_lrua;
 using cuda::lrua::hyperbolic_tangent;
 using cuda::lrua::load_run;
 using cuda::lrua::sigmoid;
+using streaming::copy_or_zero;
 using streaming::pointer;
 using tensors::Sizes;
 
@@ -36,16 +34,9 @@ constexpr int kUnits = 32;        // of a block, at most
 constexpr int kLanes = 16;        // that share a unit
 constexpr int kQuarter = 4;       // of them, that share a gate
 constexpr int kRun = 4;           // numbers of a lane, one after the other
-constexpr int kMaxCluster = 8;    // that every device with clusters has
 constexpr int kMaxElements = 32;  // of the batch, for a cluster: the bits of a number
 constexpr int kThreads = kUnits * kLanes;
 static_assert(kMaxCluster <= kLanes);
-// In the machine code of older architectures the kernels of clusters are empty.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kClusters = false;
-#else
-constexpr bool kClusters = true;
-#endif
 
 struct Layout {
   int64_t steps, batch;
@@ -91,14 +82,6 @@ struct Part {
     present = unit_here < n.units && unit < n.hidden;
   }
 };
-
-template <bool Clustered>
-__device__ __forceinline__ void barrier() {
-  if constexpr (Clustered)
-    cluster_barrier();
-  else
-    __syncthreads();
-}
 
 // The products of this lane's numbers of a row with x, of which lane i has the runs i, i + lanes...
 template <int Runs, class A>
@@ -318,12 +301,11 @@ constexpr int kMaxHidden = sizeof(A) == 4 ? 256 : 128;  // whose weights fit in 
 // Blocks of a cluster, or 0: streaming.
 template <class A>
 int resident_blocks(int64_t hidden) {
-  const char* variable = std::getenv("MANN_EXT_CUDA_REGIME");
-  const std::string_view regime = variable == nullptr ? "" : variable;
-  if (regime == "streaming" || hidden > kMaxHidden<A>) return 0;
-  int blocks = regime == "cluster" ? kMaxCluster : 1;
+  const std::string_view chosen = regime();
+  if (chosen == "streaming" || hidden > kMaxHidden<A>) return 0;
+  int blocks = chosen == "cluster" ? kMaxCluster : 1;
   while (blocks * kUnits < hidden) blocks *= 2;
-  if (blocks > 1 && (regime == "block" || !has_clusters<forward_scan<A, 4, true>>())) return 0;
+  if (blocks > 1 && (chosen == "block" || !has_clusters<forward_scan<A, 4, true>>())) return 0;
   return blocks;
 }
 
@@ -368,10 +350,6 @@ streaming::Sizes without_reads(const Sizes& n) {
 template <class F>
 void for_dtype(ScalarType dtype, F&& f) {
   dtype == ScalarType::Double ? f(double{}) : f(float{});
-}
-
-void copy_or_zero(Tensor to, const std::optional<Tensor>& from) {
-  from.has_value() ? torch::stable::copy_(to, *from) : torch::stable::zero_(to);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h, Tensor c,

@@ -215,12 +215,8 @@ lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor>
   const lrua::Sizes s = lrua::narrowed(op, sizes);
   const int64_t I = n.inputs, H = n.hidden, R = n.reads(), P = n.numbers();
   const int64_t all = n.steps * n.batch;
-  const auto copied_or_zero = [](Tensor to, const std::optional<Tensor>& from) {
-    from.has_value() ? torch::stable::copy_(to, *from) : torch::stable::zero_(to);
-    return to;
-  };
-  const Tensor total_reads =
-      copied_or_zero(new_tensor(h, {n.steps, n.batch, n.heads, n.width}, in.acc()), grad_reads);
+  const Tensor total_reads = new_tensor(h, {n.steps, n.batch, n.heads, n.width}, in.acc());
+  copy_or_zero(total_reads, grad_reads);
   const lrua::tensors::Saved of_steps{total_reads,  grad_memory, grad_read_weights,
                                       all_reads,    memory_out,  weight_history,
                                       slot_history, erased_rows, snapshots};
@@ -229,7 +225,7 @@ lstm_lrua_scan_backward(std::optional<Tensor> grad_hidden, std::optional<Tensor>
   lrua::tensors::Gradients of_memory =
       lrua::tensors::make_gradients(given, sizes, need_memory_grad);
   torch::stable::zero_(out.h);
-  copied_or_zero(out.c, grad_c_out);
+  copy_or_zero(out.c, grad_c_out);
   torch::stable::zero_(out.reads);
   const Tensor grad_gates = new_tensor(h, {all, 4 * H}, in.acc());
   const Tensor grad_interface = new_tensor(h, {all, P}, in.acc());

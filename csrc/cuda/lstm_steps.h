@@ -312,6 +312,9 @@ Tensor rows_of(const Tensor& tensor, int64_t rows, int64_t count) {
   return torch::stable::view(tensor, {rows, count});
 }
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+void copy_or_zero(Tensor to, const std::optional<Tensor>& from) {
+  from.has_value() ? torch::stable::copy_(to, *from) : torch::stable::zero_(to);
+}
 Tensor column_sums(const Tensor& matrix) {
   const int64_t dims[] = {0};
   return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1));

@@ -2,12 +2,10 @@
 //
 // Memory, weights and the stages of addressing lie in shared memory where they fit, as 900 slots of
 // 40 float32 numbers with 5 heads do forward and 350 backward, else in global memory; the code is
-// the same. MANN_EXT_CUDA_REGIME=streaming, which is read at each call, puts all of them there.
+// the same. MANN_EXT_CUDA_REGIME=streaming puts all of them there.
 // Work on rows (dot products) is shared by the lanes of a row, addressing has one warp a head, and
 // each warp forms the sums over slots of some columns.
-#include <cstdlib>
 #include <limits>
-#include <string_view>
 #include <tuple>
 
 #include "cuda/lrua.h"
@@ -719,10 +717,9 @@ void fill_scan(Scan<A>& p, const char* op, const tensors::Sizes& s, const Given&
 template <auto Kernel, template <class> class Room, class P, class A>
 void launch_scan(P& p, const Tensor& like, A number) {
   const OnDevice device(like);
-  const char* regime = std::getenv("MANN_EXT_CUDA_REGIME");
-  const bool streams = regime != nullptr && std::string_view(regime) == "streaming";
   p.room_bytes = Room<A>(p, nullptr).bytes;
-  const bool resident = !streams && p.room_bytes <= static_cast<int64_t>(max_shared_bytes());
+  const bool resident =
+      regime() != "streaming" && p.room_bytes <= static_cast<int64_t>(max_shared_bytes());
   const int64_t numbers = resident ? 0 : p.batch * p.room_bytes / static_cast<int64_t>(sizeof(A));
   const Tensor room = new_tensor(like, {numbers}, like.scalar_type());
   p.room = resident ? nullptr : pointer<A>(room);
