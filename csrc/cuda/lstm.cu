@@ -13,6 +13,7 @@
 #include "lstm_tensors.h"
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 #include <type_traits>
 
@@ -39,15 +40,15 @@ constexpr int kThreads = kUnits * kLanes;
 static_assert(kMaxCluster <= kLanes);
 
 struct Layout {
-  int64_t steps, batch;
-  int hidden, units, blocks, elements;  // units of a block; elements of the batch of a cluster
+  int steps, batch, hidden;
+  int units, blocks, elements;  // units of a block; elements of the batch of a cluster
 };
 
 template <class A>
 struct Forward {
   Layout layout;
   const A *h, *c, *weight_hh, *bias_ih, *bias_hh;
-  const bool* reset;  // [T][B] or null
+  const unsigned char* reset;  // [T][B] or null
   A *hidden, *h_out, *c_out;
   A* gates;  // [T][B][4H]: the share of x, then activated
   A* cells;  // [T][B][H] or null
@@ -57,7 +58,7 @@ template <class A>
 struct Backward {
   Layout layout;
   const A *c, *state_columns;  // W_hh^T, [H][4H]
-  const bool* reset;
+  const unsigned char* reset;
   const A *grad_hidden, *grad_h_out, *grad_c_out;  // null: zero
   const A *gates, *cells;
   A *grad_gates, *grad_h, *grad_c;
@@ -65,9 +66,9 @@ struct Backward {
 
 // What this thread works on.
 struct Part {
-  int rank, unit_here, unit, lane, gate, quarter, count;  // count: elements of the cluster
-  int64_t b0;                                             // the first of them
-  bool present;                                           // there is such a unit
+  int rank, unit_here, unit, lane, gate, quarter;
+  int b0, count;  // the first of the cluster's elements, and how many there are
+  bool present;   // there is such a unit
 
   __device__ explicit Part(const Layout& n, bool clustered) {
     const auto blocks = static_cast<unsigned>(n.blocks);
@@ -77,8 +78,8 @@ struct Part {
     lane = static_cast<int>(threadIdx.x) % kLanes;
     gate = lane / kQuarter;
     quarter = lane % kQuarter;
-    b0 = int64_t{blockIdx.x / blocks} * n.elements;
-    count = static_cast<int>(min(int64_t{n.elements}, n.batch - b0));
+    b0 = static_cast<int>(blockIdx.x / blocks) * n.elements;
+    count = min(n.elements, n.batch - b0);
     present = unit_here < n.units && unit < n.hidden;
   }
 };
@@ -134,43 +135,42 @@ __global__ __launch_bounds__(kThreads, 1) void forward_scan(const Forward<A> p) 
   constexpr int kPadded = Runs * kQuarter * kRun;
   const Layout& n = p.layout;
   const Part part(n, Clustered);
-  const int64_t H = n.hidden, row = part.gate * H + part.unit;
+  const int H = n.hidden, row = part.gate * H + part.unit;
   A* h = shared_memory<A>();
   A* c = h + 2 * n.elements * kPadded + part.unit_here;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * n.elements * kPadded;
        i += static_cast<int>(blockDim.x)) {
     const int element = i / kPadded, k = i % kPadded;
-    h[i] = element < part.count && k < H ? p.h[(part.b0 + element) * H + k] : A(0);
+    h[i] = element < part.count && k < H ? p.h[int64_t{part.b0 + element} * H + k] : A(0);
   }
   if (part.present && part.lane == 0)
-    for (int e = 0; e < part.count; ++e) c[e * kUnits] = p.c[(part.b0 + e) * H + part.unit];
+    for (int e = 0; e < part.count; ++e) c[e * kUnits] = p.c[int64_t{part.b0 + e} * H + part.unit];
   A weights[Runs][kRun];
-  load_weights(weights, p.weight_hh + row * H, n.hidden, part.quarter, kQuarter, part.present);
+  load_weights(weights, p.weight_hh + row * H, H, part.quarter, kQuarter, part.present);
   const A bias = part.present ? p.bias_ih[row] + p.bias_hh[row] : A(0);
-  // What the next step needs from global memory is asked for one step early.
+  // What the next step needs from global memory is asked for one step early, and left as it comes:
+  // to look at it would be to wait for it.
   A share = 0;
-  bool fresh = false;
-  const auto fetch = [&](int64_t t, int e) {
-    const int64_t at = t * n.batch + part.b0 + e;
-    share = part.present ? p.gates[at * 4 * H + row] : A(0);
-    fresh = p.reset != nullptr && p.reset[at];
+  unsigned char fresh = 0;
+  const auto fetch = [&](int t, int e) {
+    const int at = t * n.batch + part.b0 + e;
+    share = part.present ? p.gates[int64_t{at} * (4 * H) + row] : A(0);
+    if (p.reset != nullptr) fresh = p.reset[at];
   };
   fetch(0, 0);
   barrier<Clustered>();
 #pragma unroll 1
-  for (int64_t t = 0; t < n.steps; ++t) {
+  for (int t = 0; t < n.steps; ++t) {
     const bool more = t + 1 < n.steps;
     const A* before = h + (t & 1) * n.elements * kPadded;
     A* after = h + (~t & 1) * n.elements * kPadded;
 #pragma unroll 1
     for (int e = 0; e < part.count; ++e) {
-      const int64_t at = t * n.batch + part.b0 + e;
+      const int at = t * n.batch + part.b0 + e;
+      const int64_t of_unit = int64_t{at} * H + part.unit;
       const A of_x = share + bias;
-      const bool starts = fresh;
-      if (e + 1 < part.count)
-        fetch(t, e + 1);
-      else if (more)
-        fetch(t + 1, 0);
+      const bool starts = fresh != 0, last = e + 1 == part.count;
+      if (!last || more) fetch(last ? t + 1 : t, last ? 0 : e + 1);
       const A product =
           sum_lanes<kQuarter>(dot(weights, before + e * kPadded, part.quarter, kQuarter));
       const A sum = of_x + (starts ? A(0) : product);
@@ -186,14 +186,14 @@ __global__ __launch_bounds__(kThreads, 1) void forward_scan(const Forward<A> p) 
         A* to = after + e * kPadded + part.unit;
         *(Clustered ? cluster_shared(to, static_cast<unsigned>(part.lane)) : to) = made;
       }
-      if (p.cells != nullptr && part.quarter == 0) p.gates[at * 4 * H + row] = gate;
+      if (p.cells != nullptr && part.quarter == 0) p.gates[int64_t{at} * (4 * H) + row] = gate;
       if (part.lane != 0) continue;
       kept = cell;
-      p.hidden[at * H + part.unit] = made;
-      if (p.cells != nullptr) p.cells[at * H + part.unit] = cell;
+      p.hidden[of_unit] = made;
+      if (p.cells != nullptr) p.cells[of_unit] = cell;
       if (more) continue;
-      p.h_out[(part.b0 + e) * H + part.unit] = made;
-      p.c_out[(part.b0 + e) * H + part.unit] = cell;
+      p.h_out[int64_t{part.b0 + e} * H + part.unit] = made;
+      p.c_out[int64_t{part.b0 + e} * H + part.unit] = cell;
     }
     // After the last step no block writes to another, so any of them may end.
     if (more) barrier<Clustered>();
@@ -214,7 +214,7 @@ __global__ __launch_bounds__(kThreads, 1) void backward_scan(const Backward<A> p
   constexpr int kPadded = Runs * kLanes * kRun;
   const Layout& n = p.layout;
   const Part part(n, Clustered);
-  const int64_t H = n.hidden, row = part.gate * H + part.unit;
+  const int H = n.hidden, row = part.gate * H + part.unit;
   A* grads = shared_memory<A>();
   A* grad_h = grads + 2 * n.elements * kPadded + part.unit_here;
   A* grad_c = grad_h + n.elements * kUnits;
@@ -223,44 +223,43 @@ __global__ __launch_bounds__(kThreads, 1) void backward_scan(const Backward<A> p
     grads[i] = 0;
   if (part.present && part.lane == 0)
     for (int e = 0; e < part.count; ++e) {
-      const int64_t at = (part.b0 + e) * H + part.unit;
+      const int64_t at = int64_t{part.b0 + e} * H + part.unit;
       grad_h[e * kUnits] = p.grad_h_out == nullptr ? A(0) : p.grad_h_out[at];
       grad_c[e * kUnits] = p.grad_c_out == nullptr ? A(0) : p.grad_c_out[at];
     }
   A weights[Runs][kRun];
-  load_weights(weights, p.state_columns + part.unit * 4 * H, 4 * n.hidden, part.lane, kLanes,
+  load_weights(weights, p.state_columns + part.unit * 4 * H, 4 * H, part.lane, kLanes,
                part.present);
-  // What a step needs from global memory, one number for each lane: the gates, c_t, c_{t-1}, the
-  // gradient of h_t, and whether the state before was zeroed.
-  enum { kCell = 4, kBefore, kGradient, kReset };
-  const auto fetch = [&](int64_t t, int e) {
-    const int64_t at = t * n.batch + part.b0 + e;
-    if (part.lane == kReset) return A(p.reset != nullptr && p.reset[at]);
-    if (!part.present) return A(0);
-    if (part.lane < kCell) return p.gates[(at * 4 + part.lane) * H + part.unit];
-    if (part.lane == kCell) return p.cells[at * H + part.unit];
-    if (part.lane == kBefore)
-      return t == 0 ? p.c[(part.b0 + e) * H + part.unit] : p.cells[(at - n.batch) * H + part.unit];
-    if (part.lane == kGradient && p.grad_hidden != nullptr)
-      return p.grad_hidden[at * H + part.unit];
-    return A(0);
+  // What a step needs from global memory, one number for each lane: the gates, c_t, c_{t-1} and the
+  // gradient of h_t; and, for all, whether the state before was zeroed.
+  enum { kCell = 4, kBefore, kGradient, kNumbers };
+  const A* from = part.lane < kCell        ? p.gates + part.lane * H
+                  : part.lane == kGradient ? p.grad_hidden
+                                           : p.cells;
+  const int stride = part.lane < kCell ? 4 * H : H;
+  unsigned char ended = 0;
+  const auto fetch = [&](int t, int e) {
+    const int at = t * n.batch + part.b0 + e;
+    if (p.reset != nullptr) ended = p.reset[at];
+    const bool before = part.lane == kBefore;
+    const A* numbers = before && t == 0 ? p.c : from;
+    const int row_there = before && t > 0 ? at - n.batch : at;
+    const bool wanted = part.present && part.lane < kNumbers && numbers != nullptr;
+    return wanted ? numbers[int64_t{row_there} * stride + part.unit] : A(0);
   };
   A next = fetch(n.steps - 1, 0);
   barrier<Clustered>();
 #pragma unroll 1
-  for (int64_t t = n.steps - 1; t >= 0; --t) {
+  for (int t = n.steps - 1; t >= 0; --t) {
     A* of_step = grads + (t & 1) * n.elements * kPadded;
     unsigned fresh = 0;  // bit e: the state before the step of element e was zeroed
 #pragma unroll 1
     for (int e = 0; e < part.count; ++e) {
       const A given = next;
-      if (e + 1 < part.count)
-        next = fetch(t, e + 1);
-      else if (t > 0)
-        next = fetch(t - 1, 0);
+      const bool starts = ended != 0, last = e + 1 == part.count;
+      if (!last || t > 0) next = fetch(last ? t - 1 : t, last ? 0 : e + 1);
       const A i = of_lane(given, 0), f = of_lane(given, 1), g = of_lane(given, 2);
       const A o = of_lane(given, 3), cell = of_lane(given, kCell);
-      const bool starts = of_lane(given, kReset) != A(0);
       const A kept = of_lane(given, kBefore), before = starts ? A(0) : kept;
       const A outside = of_lane(given, kGradient);
       if (starts) fresh |= 1u << e;
@@ -273,9 +272,12 @@ __global__ __launch_bounds__(kThreads, 1) void backward_scan(const Backward<A> p
       __syncwarp();  // all lanes have read the gradient of c
       if (!part.present) continue;
       A* to = of_step + e * kPadded + row;
-      for (int block = part.quarter; block < n.blocks; block += kQuarter)
-        *(Clustered ? cluster_shared(to, static_cast<unsigned>(block)) : to) = made;
-      if (part.quarter == 0) p.grad_gates[(t * n.batch + part.b0 + e) * 4 * H + row] = made;
+#pragma unroll
+      for (int i = 0; i < kMaxCluster / kQuarter; ++i)
+        if (const int block = part.quarter + i * kQuarter; block < n.blocks)
+          *(Clustered ? cluster_shared(to, static_cast<unsigned>(block)) : to) = made;
+      if (part.quarter == 0)
+        p.grad_gates[int64_t{t * n.batch + part.b0 + e} * (4 * H) + row] = made;
       if (part.lane == 0) grad_c[e * kUnits] = starts ? A(0) : dc * f;
     }
     barrier<Clustered>();
@@ -288,8 +290,8 @@ __global__ __launch_bounds__(kThreads, 1) void backward_scan(const Backward<A> p
   }
   if (!part.present || part.lane != 0) return;
   for (int e = 0; e < part.count; ++e) {
-    p.grad_h[(part.b0 + e) * H + part.unit] = grad_h[e * kUnits];
-    p.grad_c[(part.b0 + e) * H + part.unit] = grad_c[e * kUnits];
+    p.grad_h[int64_t{part.b0 + e} * H + part.unit] = grad_h[e * kUnits];
+    p.grad_c[int64_t{part.b0 + e} * H + part.unit] = grad_c[e * kUnits];
   }
 }
 
@@ -327,12 +329,15 @@ void for_runs(int64_t hidden, int blocks, F&& f) {
 // Launches Kernel(p); `room` numbers of shared memory for each element.
 template <auto Kernel, class A, class Arguments>
 void launch_resident(const OnDevice& device, const Sizes& n, int blocks, int room, Arguments& p) {
+  require(n.steps * n.batch <= std::numeric_limits<int32_t>::max(),
+          "lstm_scan: T B must be less than 2^31");
   const int64_t at_once = std::max(1, multiprocessors() / blocks);
   const auto fitting = static_cast<int64_t>(max_shared_bytes() / (room * sizeof(A)));
   const int64_t elements =
       std::min({(n.batch + at_once - 1) / at_once, fitting, int64_t{kMaxElements}});
   const auto hidden = static_cast<int>(n.hidden), units = (hidden + blocks - 1) / blocks;
-  p.layout = {n.steps, n.batch, hidden, units, blocks, static_cast<int>(elements)};
+  p.layout = {static_cast<int>(n.steps), static_cast<int>(n.batch), hidden, units, blocks,
+              static_cast<int>(elements)};
   launch<Kernel>(
       {.grid = lrua::grid_size((n.batch + elements - 1) / elements * blocks),
        .block = static_cast<unsigned>((units + 1) / 2 * 2 * kLanes),
@@ -372,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h,
     for_dtype(in.dtype(), [&](auto number) {
       using A = decltype(number);
       A* cells = save_for_backward ? pointer<A>(out.cells) : nullptr;
-      const auto* ended = static_cast<const bool*>(data(reset));
+      const auto* ended = static_cast<const unsigned char*>(data(reset));
       if (const int blocks = resident_blocks<A>(n.hidden); blocks > 0) {
         Forward<A> p{{},
                      pointer<A>(h),
@@ -399,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan(Tensor x, Tensor h,
       p.weight_hh = pointer<A>(weight_hh);
       p.bias_ih = pointer<A>(bias_ih);
       p.bias_hh = pointer<A>(bias_hh);
-      p.reset = ended;
+      p.reset = static_cast<const bool*>(data(reset));
       p.hidden = pointer<A>(out.hidden);
       p.c_now = pointer<A>(out.c);
       p.gates = pointer<A>(gates);
@@ -436,7 +441,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
     const Tensor state_columns = torch::stable::contiguous(streaming::transposed(weight_hh));
     for_dtype(in.dtype(), [&](auto number) {
       using A = decltype(number);
-      const auto* ended = static_cast<const bool*>(data(reset));
+      const auto* ended = static_cast<const unsigned char*>(data(reset));
       if (const int blocks = resident_blocks<A>(n.hidden); blocks > 0) {
         Backward<A> p{{},
                       pointer<A>(c),
@@ -461,7 +466,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
         p.sizes = without_reads(n);
         p.c = pointer<A>(c);
         p.state_columns = pointer<A>(state_columns);
-        p.reset = ended;
+        p.reset = static_cast<const bool*>(data(reset));
         p.grad_hidden = pointer<A>(grad_hidden);
         p.gates = pointer<A>(gates);
         p.cells = pointer<A>(cells);
@@ -476,7 +481,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_scan_backward(
       launch<streaming::gather_state<A>>(
           {.grid = lrua::grid_size(all), .block = streaming::kThreads, .stream = device.stream()},
           without_reads(n), pointer<const A>(h), static_cast<const A*>(nullptr),
-          pointer<const A>(hidden), static_cast<const A*>(nullptr), ended, pointer<A>(state));
+          pointer<const A>(hidden), static_cast<const A*>(nullptr),
+          static_cast<const bool*>(data(reset)), pointer<A>(state));
     });
   }
   // The weights' gradients: one product for all steps.
