@@ -67,9 +67,12 @@ struct Scan {
   }
   // Whether M_t is one of the first made after its episode's start.
   __device__ bool near_start(int64_t t, int64_t b) const {
-    for (int i = 0; i < kReplayed; ++i, --t)
-      if (t == 0 || resets(t, b)) return true;
-    return false;
+    if (t < kReplayed) return true;
+    if (reset == nullptr) return false;
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kReplayed; ++i) found |= reset[at(t - i, b)];  // one wait for all of them
+    return found;
   }
   __device__ int64_t episode_start(int64_t t, int64_t b) const {
     while (t > 0 && !resets(t, b)) --t;

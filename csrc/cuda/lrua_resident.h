@@ -190,6 +190,14 @@ __device__ __forceinline__ void fetch_vectors(A* to, const A* from, const Sizes&
   }
 }
 
+// Whether a step that is still to come has a reset, left as it is in memory: to look at it would be
+// to wait for it.
+template <class A, class S>
+__device__ __forceinline__ void fetch_reset(const Scan<A, S>& scan, int64_t t, int64_t b,
+                                            unsigned char& to) {
+  if (scan.reset != nullptr) to = reinterpret_cast<const unsigned char*>(scan.reset)[scan.at(t, b)];
+}
+
 // A run of a row of global memory, which may have no more than some of its columns.
 template <class A, class T>
 __device__ __forceinline__ void store_columns(T* row, int column, const A (&run)[kColumns],

@@ -382,7 +382,7 @@ __global__ __launch_bounds__(max_threads<A>(Clustered),
   // What the first threads have in registers of the coming step.
   A gate = 0, strength = 0;
   int64_t slot = 0;
-  bool reset = false;
+  unsigned char reset = 0;
   const auto fetch = [&](int64_t t) {
     const int64_t half = (t & 1) * kHeads * width, at = p.scan.at(t, step.b);
     fetch_vectors(room.keys + half, p.scan.key(t, step.b), s, layout);
@@ -390,7 +390,7 @@ __global__ __launch_bounds__(max_threads<A>(Clustered),
     fetch_vectors(room.grads + half, p.grad_reads + at * s.heads * s.width, s, layout);
     fetch_vectors(room.reads + half, p.history.reads + at * s.heads * s.width, s, layout);
     fetch_read_weights(t - 1);
-    reset = p.scan.resets(t, step.b);
+    fetch_reset(p.scan, t, step.b, reset);
     if (thread < s.heads) {
       gate = p.scan.gate(t, step.b, thread);
       strength = p.scan.strength(t, step.b, thread);
@@ -488,7 +488,7 @@ __global__ __launch_bounds__(max_threads<A>(Clustered),
 #pragma unroll 1
   for (step.t = last; step.t >= 0; --step.t) {
     const int half = static_cast<int>(step.t & 1) * kHeads;
-    step.reset = reset;
+    step.reset = reset != 0;
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) step.slots[k] = room.slots[half + k];
     if (step.t > 0) {

@@ -337,9 +337,9 @@ __global__ __launch_bounds__(max_threads<A>(Clustered),
   };
   // Gate and strength of the coming step, on their way in the first threads' registers.
   A gate = 0, strength = 0;
-  bool reset = false;
+  unsigned char reset = 0;
   const auto fetch_scalars = [&](int64_t t) {
-    reset = p.scan.resets(t, step.b);
+    fetch_reset(p.scan, t, step.b, reset);
     if (thread < s.heads) {
       gate = p.scan.gate(t, step.b, thread);
       strength = p.scan.strength(t, step.b, thread);
@@ -410,7 +410,7 @@ __global__ __launch_bounds__(max_threads<A>(Clustered),
   for (step.t = 0; step.t < s.steps; ++step.t) {
     const int half = static_cast<int>(step.t & 1);
     const bool more = step.t + 1 < s.steps;
-    step.reset = reset;
+    step.reset = reset != 0;
     if (more) {
       fetch(step.t + 1);
       fetch_scalars(step.t + 1);
