@@ -39,7 +39,7 @@ torch.serialization.add_safe_globals([ControllerState])
 Cell = Callable[[Tensor, "Tensor | None", ControllerState], tuple[Tensor, ControllerState]]
 
 
-CUDNN_BATCH = 512
+CUDNN_BATCH = 256
 """From here on cuDNN's products of the whole batch are expected to be quicker."""
 
 
@@ -51,7 +51,7 @@ class LSTMController(nn.Module):
 
     Fused, it is one call for all steps: :func:`mann_ext.ops.lstm_scan` on the CPU, and on a GPU
     where that is one kernel launch (compute capability 9, up to 256 units in float32) for a batch
-    of up to 512; elsewhere (and under autocast, or without the native operators) PyTorch's. A loop
+    of up to 256; elsewhere (and under autocast, or without the native operators) PyTorch's. A loop
     over plain operations is slower, but allows torch.func and forward mode; torch.compile and
     torch.export need it where PyTorch's would run, and torch.compile of vmap of grad everywhere
     (fused=False).
