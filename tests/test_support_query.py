@@ -312,6 +312,24 @@ def test_reproductions_share_training_runs_and_test_on_other_numbers_of_classes(
     assert "| MetaNet, trained 5-way, paper | 98.95 |  | 96.40 | 93.60 | 93.07 |  |" in page
 
 
+def test_a_row_says_how_long_each_of_its_models_was_trained() -> None:
+    entry = REPRODUCTIONS["metanet-omniglot"]
+    results = {
+        f"protonet-{ways}": [
+            {
+                "accuracy": {ways: 0.5}, "half_width_95": {ways: 0.1}, "minibatches": steps,
+                "training_seconds": 60.0, "episodes": 10, "seed": 0,
+            }
+        ]
+        for ways, steps in (("5", 300), ("20", 100))
+    }  # fmt: skip
+    (table,) = entry.experiment().tables(entry, results)
+    place = [row[0] for row in table.rows].index("prototypical network, ours")
+    efforts = "5-way: 300 minibatches, 1.0 min; 20-way: 100 minibatches, 1.0 min"
+    assert table.rows[place][-1] == efforts
+    assert table.rows[place + 1][-1] == "over 10 episodes, seed 0"
+
+
 def test_base_learners_that_were_never_trained(tmp_path: Path) -> None:
     found = reproduced(tmp_path, "metanet-fixed-base", only=("metanet-5",))
     accuracy = found["metanet-5"]["accuracy"]

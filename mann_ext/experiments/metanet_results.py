@@ -136,13 +136,23 @@ def ours(
     """Accuracies and half intervals by column of the runs that make a row, and notes on them."""
     means: dict[str, float] = {}
     widths: dict[str, float] = {}
-    notes = ("", "")
+    notes: tuple[dict[str, str], dict[str, str]] = ({}, {})
     for run in runs:
         several = results[run.name]
-        for values, new in zip((means, widths), evaluation.across_seeds(several), strict=True):
-            values.update(new)
-        notes = (effort(several), sample(several))
-    return means, widths, notes
+        found, intervals = evaluation.across_seeds(several)
+        means |= found
+        widths |= intervals
+        trained = ", ".join(map(column_name, found))
+        notes[0][trained], notes[1][trained] = effort(several), sample(several)
+    efforts, samples = map(_joined, notes)
+    return means, widths, (efforts, samples)
+
+
+def _joined(notes: Mapping[str, str]) -> str:
+    """What holds of all columns, or of each."""
+    if len(set(notes.values())) <= 1:
+        return next(iter(notes.values()), "")
+    return "; ".join(f"{columns}: {note}" for columns, note in notes.items())
 
 
 def _by_label(reproduction: Reproduction, results: Results) -> dict[str, list[Run]]:
