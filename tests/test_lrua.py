@@ -127,10 +127,11 @@ DEFERRED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", ["chunks_of_2", "one_chunk"])
 @pytest.mark.parametrize("name", DEFERRED)
 def test_float32_error_of_deferred_writes_is_at_most_twice_too(name: str, form: str):
-    # Not the worst of a few, which is the worst-conditioned one's: of eight groups of five samples
-    # ours was between 0.4 and 2.4 times what the reference's allows, by its luck.
     several = [_lrua_sample(name, 12, 2, 150, seed=s, **DEFERRED[name]) for s in range(9)]
     check_float32(several, form, 2, statistics.median)
+    # Without fused multiply-adds the worst-conditioned sample has up to 2.4 times what is allowed.
+    if os.environ.get("MANN_EXT_CPU_ISA") != "baseline":
+        check_float32(several[:5], form)
 
 
 def check_float32(
