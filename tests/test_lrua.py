@@ -129,9 +129,7 @@ DEFERRED: dict[str, dict[str, Any]] = {
 def test_float32_error_of_deferred_writes_is_at_most_twice_too(name: str, form: str):
     several = [_lrua_sample(name, 12, 2, 150, seed=s, **DEFERRED[name]) for s in range(9)]
     check_float32(several, form, 2, statistics.median)
-    # Without fused multiply-adds the worst-conditioned sample has up to 2.4 times what is allowed.
-    if os.environ.get("MANN_EXT_CPU_ISA") != "baseline":
-        check_float32(several[:5], form)
+    check_float32(several[:5], form)
 
 
 def check_float32(

@@ -51,8 +51,13 @@ inline A norm(const A* v, int64_t width) {
 constexpr int kTogether = kRegisters == 32 ? 2 : 1;
 
 // Columns summed in one run of a dot product over the width; longer ones are sums of such runs,
-// which keeps their rounding error that of a blocked sum.
-constexpr int64_t kColumns = 64;
+// which keeps their rounding error that of a blocked sum. Shorter where a multiply-add rounds
+// twice.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr int64_t kColumns = 20;
+#else
+constexpr int64_t kColumns = 8;
+#endif
 
 // sums = run for the first run of columns, else sums += run.
 template <class A>
