@@ -274,12 +274,21 @@ template <bool Vectors, class T, class From>
 __device__ __forceinline__ void fetch_rows(T* to, int stride, const From* from, int width, int rows,
                                            int count) {
   if constexpr (Vectors && std::is_same_v<T, From>) {
-    for_pieces(rows, width / kVector<T>, [&](int row, int piece) {
-      T* target = to + row * stride + piece * kVector<T>;
+    constexpr int kPiece = kVector<T>;
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    if (stride == width && count == rows) {
+      for (int at = thread * kPiece; at < rows * width; at += threads * kPiece)
+        async_copy16(to + at, from + at);
+      return;
+    }
+    const T* source = from + thread * kPiece;
+    for_pieces(rows, width / kPiece, [&](int row, int piece) {
+      T* target = to + row * stride + piece * kPiece;
       if (row < count)
-        async_copy16(target, from + static_cast<int64_t>(row) * width + piece * kVector<T>);
+        async_copy16(target, source);
       else
         *reinterpret_cast<Vector<T>*>(target) = Vector<T>{};
+      source += threads * kPiece;
     });
   } else {
     constexpr int kColumns = kRun<Vectors>;

@@ -9,6 +9,8 @@
 // back, 12 W + 16 R with every M_t saved.
 #pragma once
 
+#include <bit>
+
 #include "cuda/lrua.h"
 
 namespace mann_ext::cuda::lrua {
@@ -27,6 +29,7 @@ constexpr int64_t kSumsBytes = int64_t{kThreads} * kGroup * kRun<true> * sizeof(
 // How a pass over the memory is divided.
 struct Split {
   int lanes, rows;  // that share a row, and rows a tile: kThreads / lanes
+  int lane_bits;    // lanes = 1 << lane_bits: to divide by it is a shift
   int stride;       // of the rows in shared memory
   int stages;       // 2: the next tile is on its way while this one is worked on
   int64_t tiles;
@@ -34,17 +37,55 @@ struct Split {
 };
 
 // Whether a step's keys and contents are copied to shared memory.
+constexpr int64_t kStagedBytes = 8 << 10;
 template <class A>
 __host__ __device__ bool stage_vectors(const Sizes& s) {
-  return int64_t{s.heads} * s.width * static_cast<int64_t>(sizeof(A)) <= 8 << 10;
+  return int64_t{s.heads} * s.width * static_cast<int64_t>(sizeof(A)) <= kStagedBytes;
 }
+// Whether they always are in a pass for these sizes, see for_pass.
+template <class A, class H, bool Aligned>
+constexpr bool kStaged =
+    !H::kMany && H::kGroup * int64_t{kThreads} * kRun<Aligned> * sizeof(A) <= kStagedBytes;
 
-// Vectors of one step: in shared memory, if they are staged there.
-template <class A>
+// Vectors of one step: in shared memory, if they are staged there, which Always makes known to the
+// compiler.
+template <bool Always, class A>
 __device__ __forceinline__ const A* stage(A* to, const A* from, int64_t count) {
-  if (to == nullptr) return from;
+  if (!Always && to == nullptr) return from;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
   return to;
+}
+
+// What is done a row and head of a tile: neighbouring lanes of a warp have neighbouring rows of its
+// part, and every so many heads.
+struct Items {
+  int rows;         // of the tile
+  int row;          // this thread's
+  int first, step;  // its heads
+  int stride;       // between the numbers of two rows, which are [rows][stride]
+
+  __device__ Items(const Split& split, int stride) : rows(split.rows), stride(stride) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int rows_of_warp = kWarp >> split.lane_bits;
+    row = warp * rows_of_warp + (lane & (rows_of_warp - 1));
+    first = lane >> (std::countr_zero(unsigned{kWarp}) - split.lane_bits);
+    step = split.lanes;
+  }
+  // Calls f(head, where it is in numbers that are [R][rows], where in [rows][stride]).
+  template <class F>
+  __device__ __forceinline__ void for_heads(int heads, F&& f) const {
+#pragma unroll 1
+    for (int r = first; r < heads; r += step) f(r, r * rows + row, row * stride + r);
+  }
+};
+
+// The sum over the rows of a tile of one of the sums that each has, which follow each other; a
+// warp gets it.
+template <class A>
+__device__ __forceinline__ A sum_of_rows(const A* sums, int rows) {
+  A sum = 0;
+  for (int row = threadIdx.x % kWarp; row < rows; row += kWarp) sum += sums[row];
+  return warp_sum(sum);
 }
 
 // The sum over blocks of one number, in a block of Threads: threads of the first warp get
@@ -79,6 +120,7 @@ Split make_split(const Sizes& s, bool vectors, int64_t number_bytes, Bytes&& byt
   split.stages = 2;
   const auto set_lanes = [&](int lanes) {
     split.lanes = lanes;
+    split.lane_bits = std::countr_zero(static_cast<unsigned>(lanes));
     split.rows = kThreads / lanes;
     // Lanes that read the same column of their rows at once should meet different banks.
     const int run = vectors ? kRun<true> : kRun<false>, odd = run * lanes;
@@ -100,19 +142,29 @@ Split make_split(const Sizes& s, bool vectors, int64_t number_bytes, Bytes&& byt
   return split;
 }
 
-// Calls f(heads at a time, more than that, whether rows are aligned), as types.
+// How many heads a pass works on, known to the compiler as far as it helps.
+template <int Group, bool IsExact, bool IsMany>
+struct Heads {
+  static constexpr int kGroup = Group;     // at a time
+  static constexpr bool kExact = IsExact;  // there are Group heads
+  static constexpr bool kMany = IsMany;    // more heads, or columns, than registers hold
+  // Heads there are, and those that the numbers of a row have room for.
+  static __host__ __device__ int count(int heads) { return IsExact ? Group : heads; }
+  static __host__ __device__ int room(int heads) { return IsMany ? heads : Group; }
+};
+
+// Calls f(Heads, whether rows are aligned), as types.
 template <class F>
 void for_pass(const Sizes& s, bool vectors, F&& f) {
-  using One = std::integral_constant<int, 1>;
-  using Group = std::integral_constant<int, kGroup>;
-  const bool many = s.heads > kGroup || s.width / (vectors ? 4 : 1) > kThreads;
-  const auto choose = [&](auto aligned_rows) {
-    if (many)
-      f(Group{}, std::true_type{}, aligned_rows);
+  const auto choose = [&](auto aligned) {
+    if (s.heads > kGroup || s.width / kRun<decltype(aligned)::value> > kThreads)
+      f(Heads<kGroup, false, true>{}, aligned);
     else if (s.heads == 1)
-      f(One{}, std::false_type{}, aligned_rows);
+      f(Heads<1, true, false>{}, aligned);
+    else if (s.heads == kGroup)
+      f(Heads<kGroup, true, false>{}, aligned);
     else
-      f(Group{}, std::false_type{}, aligned_rows);
+      f(Heads<kGroup, false, false>{}, aligned);
   };
   vectors ? choose(std::true_type{}) : choose(std::false_type{});
 }

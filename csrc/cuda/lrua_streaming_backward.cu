@@ -4,9 +4,17 @@
 namespace mann_ext::cuda::lrua {
 namespace {
 
-// Blocks of a pass on a multiprocessor at a time, which limits their registers.
-template <class A>
-constexpr int kBlocks = sizeof(A) == 4 ? 3 : 2;
+// Blocks of a pass on a multiprocessor at a time, which limits their registers. Before compute
+// capability 9 its shared memory has no room for more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostBlocks = 3;
+#else
+constexpr int kMostBlocks = 4;
+#endif
+template <class A, class H>
+constexpr int kBlocks = sizeof(A) == 8 ? 2
+                        : H::kMany     ? 3
+                                       : kMostBlocks;
 
 template <class A, class S>
 struct BackwardPass : Backward<A, S> {
@@ -37,16 +45,17 @@ struct BackwardRoom {
   A *memory, *grad;                        // [stages][rows][stride]
   A *weights, *previous, *weights_grad;    // [stages][R][rows]
   A* sums;                                 // at the end, where the rows are: [row groups][G][W]
-  A *write, *x, *d;                        // [rows][R]: w_w, dL/d(k . m), and dL/dw_w at the end
+  A *write, *x, *d;                        // [rows][head_room]: w_w, dL/d(k . m), and dL/dw_w
+  A* row_sums;                             // [kSums][R][rows], of all tiles
   A* square;                               // [rows]
   int* mark;                               // [rows]: which of the n slots, or -1
   A *keys, *contents, *grads;              // [R][W], or null: too large
   A *length, *strength, *gate, *expected;  // [R]
-  A* warp_sums;                            // [warps][R][kSums]
   int64_t* slots;                          // [n]
   int64_t bytes;
 
-  __host__ __device__ BackwardRoom(const Sizes& s, const Split& split, bool apart,
+  // `head_room`: heads that a row has room for, at least R.
+  __host__ __device__ BackwardRoom(const Sizes& s, const Split& split, int head_room, bool apart,
                                    unsigned char* base) {
     Arena arena(base);
     sums = reinterpret_cast<A*>(base);
@@ -56,16 +65,16 @@ struct BackwardRoom {
     weights = arena.take<A>(int64_t{split.stages} * s.heads * split.rows);
     previous = arena.take<A>(int64_t{split.stages} * s.heads * split.rows);
     weights_grad = arena.take<A>(int64_t{split.stages} * s.heads * split.rows);
-    write = arena.take<A>(int64_t{split.rows} * s.heads);
-    x = arena.take<A>(int64_t{split.rows} * s.heads);
-    d = arena.take<A>(int64_t{split.rows} * s.heads);
+    write = arena.take<A>(int64_t{split.rows} * head_room);
+    x = arena.take<A>(int64_t{split.rows} * head_room);
+    d = arena.take<A>(int64_t{split.rows} * head_room);
+    row_sums = arena.take<A>(int64_t{kSums} * s.heads * split.rows);
     square = arena.take<A>(split.rows);
     mark = arena.take<int>(split.rows);
     length = arena.take<A>(s.heads);
     strength = arena.take<A>(s.heads);
     gate = arena.take<A>(s.heads);
     expected = arena.take<A>(s.heads);
-    warp_sums = arena.take<A>(kWarps * s.heads * kSums);
     slots = arena.take<int64_t>(s.chosen);
     keys = contents = grads = nullptr;
     if (stage_vectors<A>(s)) {
@@ -298,118 +307,94 @@ struct Vectors {
 };
 
 // All that is done to the rows of a tile: each warp has some, and `lanes` threads share one.
-template <class A, class S, int G, bool Aligned, bool Many>
+template <class A, class S, class H, bool Aligned>
 __device__ __forceinline__ void backward_rows(const BackwardPass<A, S>& p,
                                               const BackwardRoom<A>& room, int64_t t, int64_t b,
                                               bool reset, int stage, int64_t first,
                                               const Vectors<A>& vectors) {
-  constexpr int Run = kRun<Aligned>;
+  constexpr int G = H::kGroup, Run = kRun<Aligned>;
+  constexpr bool Many = H::kMany;
   const Sizes& s = p.scan.sizes;
+  const int heads = H::count(s.heads);
   const Split& split = p.split;
-  const int lane_of_warp = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int rows = kWarp / split.lanes;  // of this warp
-  const int row0 = warp * rows, items = rows * s.heads;
-  const int of_stage = stage * s.heads * split.rows;
+  const Items items(split, H::room(s.heads));
+  const int row = items.row, of_stage = stage * heads * split.rows;
   const A *weights = room.weights + of_stage, *previous = room.previous + of_stage;
   const A* weights_grad = room.weights_grad + of_stage;
-  A* warp_sums = room.warp_sums + warp * s.heads * kSums;
-  // Adds up one number of each of the warp's rows, which are neighbouring lanes.
-  const auto add_rows = [&](bool valid, int r, Sum which, A number) {
-#pragma unroll 1
-    for (int step = 1; step < rows; step *= 2) number += __shfl_xor_sync(kAllLanes, number, step);
-    if (valid && lane_of_warp % rows == 0) warp_sums[r * kSums + which] += number;
+  const int64_t slot = first + row;
+  const bool present = slot < s.slots;
+  const auto add = [&](Sum which, int item, A number) {
+    room.row_sums[which * heads * split.rows + item] += number;
   };
-  const auto previous_weight = [&](int row, int r) {
-    return reset ? A(first + row == 0) : previous[r * split.rows + row];
-  };
+  const int mark = find_slot(room.slots, s.chosen, slot);
+  if (items.first == 0) room.mark[row] = mark;
+  const auto previous_weight = [&](int item) { return reset ? A(slot == 0) : previous[item]; };
+  items.for_heads(heads, [&](int r, int item, int at) {
+    room.write[at] = p.scan.write_weight(room.gate[r], previous_weight(item), r, mark);
+  });
 
-  if (lane_of_warp < rows)
-    room.mark[row0 + lane_of_warp] = find_slot(room.slots, s.chosen, first + row0 + lane_of_warp);
-  __syncwarp();
-  for (int item = lane_of_warp; item < items; item += kWarp) {
-    const int row = row0 + item % rows, r = item / rows;
-    room.write[row * s.heads + r] =
-        p.scan.write_weight(room.gate[r], previous_weight(row, r), r, room.mark[row]);
-  }
-
-  const int own_row = row0 + lane_of_warp / split.lanes, lane = lane_of_warp % split.lanes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int own_row = thread >> split.lane_bits, lane = thread & (split.lanes - 1);
   const A* numbers = room.memory + (stage * split.rows + own_row) * split.stride;
   A* grad = room.grad + (stage * split.rows + own_row) * split.stride;
-  score_pair<G, Many, Run>(numbers, lane, split.lanes, s.width, s.heads, vectors.keys,
-                           vectors.grads, room.x + own_row * s.heads, room.d + own_row * s.heads,
+  score_pair<G, Many, Run>(numbers, lane, split.lanes, s.width, heads, vectors.keys, vectors.grads,
+                           room.x + own_row * items.stride, room.d + own_row * items.stride,
                            room.square + own_row);
   __syncwarp();
-  for (int begin = 0; begin < items; begin += kWarp) {
-    const int item = begin + lane_of_warp;
-    const bool valid = item < items;
-    const int row = row0 + item % rows, r = valid ? item / rows : 0;
-    A strength_term = 0, own_term = 0;
-    if (valid && first + row < s.slots) {
-      A &x = room.x[row * s.heads + r], &d = room.d[row * s.heads + r];
-      const A length = square_root(room.square[row]);
-      const A inverse_length = length > 0 ? A(1) / length : A(0);
-      const A inverse = A(1) / (room.length[r] * length + p.scan.eps);
-      const A cosine = x * inverse;
-      const A score_grad = weights[r * split.rows + row] *
-                           (d + weights_grad[r * split.rows + row] - room.expected[r]);
-      const A dot_grad = score_grad * room.strength[r] * inverse;
-      strength_term = score_grad * cosine;
-      own_term = dot_grad * cosine * length;
-      x = dot_grad;
-      d = -dot_grad * cosine * room.length[r] * inverse_length;
-    } else if (valid) {
-      room.x[row * s.heads + r] = room.d[row * s.heads + r] = 0;
-    }
-    add_rows(valid, r, strength_sum, strength_term);
-    add_rows(valid, r, own_sum, own_term);
-  }
+  const A length = square_root(room.square[row]);
+  const A inverse_length = length > 0 ? A(1) / length : A(0);
+  items.for_heads(heads, [&](int r, int item, int at) {
+    A &x = room.x[at], &d = room.d[at];
+    const A inverse = A(1) / (room.length[r] * length + p.scan.eps);
+    const A cosine = x * inverse;
+    const A score_grad = present ? weights[item] * (d + weights_grad[item] - room.expected[r]) : 0;
+    const A dot_grad = score_grad * room.strength[r] * inverse;
+    add(strength_sum, item, present ? score_grad * cosine : 0);
+    add(own_sum, item, present ? dot_grad * cosine * length : 0);
+    x = dot_grad;
+    d = -dot_grad * cosine * room.length[r] * inverse_length;
+  });
   __syncwarp();
-  gradient_of_row<G, Many, Run>(numbers, grad, lane, split.lanes, s.width, s.heads,
-                                weights + own_row, split.rows, room.x + own_row * s.heads,
-                                room.d + own_row * s.heads, vectors.keys, vectors.grads,
+  gradient_of_row<G, Many, Run>(numbers, grad, lane, split.lanes, s.width, heads, weights + own_row,
+                                split.rows, room.x + own_row * items.stride,
+                                room.d + own_row * items.stride, vectors.keys, vectors.grads,
                                 vectors.contents);
   __syncwarp();
-  for (int begin = 0; begin < items; begin += kWarp) {
-    const int item = begin + lane_of_warp;
-    const bool valid = item < items;
-    const int row = row0 + item % rows, r = valid ? item / rows : 0;
-    const int64_t slot = first + row;
-    A previous_term = 0, chosen_term = 0;
-    if (valid && slot < s.slots) {
-      const A d = room.d[row * s.heads + r], next = reset ? A(0) : room.gate[r] * d;
-      previous_term = d * previous_weight(row, r);
-      if (p.scan.writes(r, room.mark[row])) chosen_term = d;
-      if (t == 0)
-        p.grad_weights_in[(b * s.heads + r) * s.slots + slot] = next;
-      else
-        p.weights_grad[(b * s.heads + r) * s.padded + slot] = next;
-    }
-    add_rows(valid, r, previous_sum, previous_term);
-    add_rows(valid, r, chosen_sum, chosen_term);
-  }
+  A* weights_grad_to =
+      t == 0 ? p.grad_weights_in + b * heads * s.slots : p.weights_grad + b * heads * s.padded;
+  const int64_t head_stride = t == 0 ? s.slots : s.padded;
+  items.for_heads(heads, [&](int r, int item, int at) {
+    if (!present) return;
+    const A d = room.d[at];
+    weights_grad_to[r * head_stride + slot] = reset ? A(0) : room.gate[r] * d;
+    add(previous_sum, item, d * previous_weight(item));
+    if (p.scan.writes(r, mark)) add(chosen_sum, item, d);
+  });
 }
 
 // One step back. The blocks after those that share the slots add up the step before (t + 1).
-template <class A, class S, int G, bool Aligned, bool Many>
-__global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const BackwardPass<A, S> p,
-                                                                      const int64_t t) {
-  constexpr int Run = kRun<Aligned>;
+template <class A, class S, class H, bool Aligned>
+__global__ __launch_bounds__(kThreads, kBlocks<A, H>) void backward_pass(const BackwardPass<A, S> p,
+                                                                         const int64_t t) {
+  constexpr int G = H::kGroup, Run = kRun<Aligned>;
+  constexpr bool Many = H::kMany;
   const Sizes& s = p.scan.sizes;
+  const int heads = H::count(s.heads);
   const Split& split = p.split;
   unsigned char* base = shared_memory<unsigned char>();
   if (blockIdx.x >= s.batch * split.blocks) {
     const int64_t head = blockIdx.x - s.batch * split.blocks;
-    combine_step(p, t + 1, head / s.heads, static_cast<int>(head % s.heads),
+    combine_step(p, t + 1, head / heads, static_cast<int>(head % heads),
                  reinterpret_cast<double*>(base));
     return;
   }
   const bool apart = p.scan.contents != p.scan.keys;
-  const BackwardRoom<A> room(s, split, apart, base);
+  const BackwardRoom<A> room(s, split, H::room(s.heads), apart, base);
   const int64_t b = blockIdx.x / split.blocks, block = blockIdx.x % split.blocks;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp, lane_of_warp = thread % kWarp;
   const bool reset = p.scan.resets(t, b), last = t + 1 == s.steps;
-  const int64_t of_batch = b * s.slots * s.width, of_weights = b * s.heads * s.padded;
+  const int64_t of_batch = b * s.slots * s.width, of_weights = b * heads * s.padded;
 
   const auto fetch = [&](int64_t tile, int stage) {
     if (tile < split.tiles) {
@@ -430,28 +415,31 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
         fetch_to(room.grad, p.grad_memory + at, p.grad_memory != nullptr ? count : 0);
       else
         fetch_to(room.grad, p.grad + at, count);
-      const auto fetch_heads = [&](A* to, const A* from) {
-        fetch_weights(to + stage * s.heads * split.rows, from + first, s.padded, s.heads,
-                      split.rows);
-      };
-      fetch_heads(room.weights, p.read_weights(t, b));
-      fetch_heads(room.previous, p.read_weights(t - 1, b));
-      fetch_heads(room.weights_grad, p.weights_grad + of_weights);
+      constexpr int kPiece = kVector<A>;
+      for (int at = thread * kPiece; at < heads * split.rows; at += kThreads * kPiece) {
+        const int head = at * split.lanes / kThreads, to = stage * heads * split.rows + at;
+        const int64_t from = head * s.padded + first + (at & (split.rows - 1));
+        async_copy16(room.weights + to, p.read_weights(t, b) + from);
+        async_copy16(room.previous + to, p.read_weights(t - 1, b) + from);
+        async_copy16(room.weights_grad + to, p.weights_grad + of_weights + from);
+      }
     }
     async_commit();
   };
   fetch(block, 0);
 
-  const int64_t count = int64_t{s.heads} * s.width;
+  const int64_t count = int64_t{heads} * s.width;
   const A* grad_reads = p.grad_reads + p.scan.at(t, b) * count;
   const A* reads = p.history.reads + p.scan.at(t, b) * count;
   Vectors<A> vectors;
-  vectors.keys = stage(room.keys, p.scan.key(t, b), count);
-  vectors.contents = apart ? stage(room.contents, p.scan.content(t, b), count) : vectors.keys;
-  vectors.grads = stage(room.grads, grad_reads, count);
+  constexpr bool kAlways = kStaged<A, H, Aligned>;
+  vectors.keys = stage<kAlways>(room.keys, p.scan.key(t, b), count);
+  vectors.contents = vectors.keys;
+  if (apart) vectors.contents = stage<kAlways>(room.contents, p.scan.content(t, b), count);
+  vectors.grads = stage<kAlways>(room.grads, grad_reads, count);
   for (int i = thread; i < s.chosen; i += kThreads)
     room.slots[i] = p.history.slots[p.scan.at(t, b) * s.chosen + i];
-  for (int r = warp; r < s.heads; r += kWarps) {
+  for (int r = warp; r < heads; r += kWarps) {
     const A length = length_by_warp(p.scan.key(t, b) + int64_t{r} * s.width, s.width);
     double expected = 0;  // c_r of the equations: sum_i w_i dL/dw_i
     for (int j = lane_of_warp; j < s.width; j += kWarp)
@@ -469,8 +457,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
       room.expected[r] = static_cast<A>(expected);
     }
   }
-  for (int i = lane_of_warp; i < s.heads * kSums; i += kWarp)
-    room.warp_sums[warp * s.heads * kSums + i] = A(0);
+  for (int i = thread; i < kSums * heads * split.rows; i += kThreads) room.row_sums[i] = A(0);
 
   const bool rolls = t > 0 && !p.scan.has_snapshot(t - 1);
   const bool replays = rolls && (reset || p.scan.near_start(t - 1, b));
@@ -488,15 +475,16 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
     __syncthreads();
     if (split.stages == 2) fetch(tile + split.blocks, stage ^ 1);
     const int64_t first = tile * split.rows;
-    backward_rows<A, S, G, Aligned, Many>(p, room, t, b, reset, stage, first, vectors);
+    backward_rows<A, S, H, Aligned>(p, room, t, b, reset, stage, first, vectors);
     __syncthreads();
 
     const A* memory = room.memory + stage * split.rows * split.stride;
     const A* grad = room.grad + stage * split.rows * split.stride;
     const int present = static_cast<int>(min(int64_t{split.rows}, s.slots - first));
-    // M_{t-1} and dL/dM_{t-1} of one run.
-    const auto step_back = [&](int row, int column, A(&m)[Run], A(&g)[Run]) {
-      const int64_t at = of_batch + (first + row) * s.width + column;
+    const int64_t of_tile = of_batch + first * s.width;
+    // M_{t-1} and dL/dM_{t-1} of one run, from M_t without what this step has written, and dL/dM_t;
+    // `at` is where they go.
+    const auto step_back = [&](int row, int column, int64_t at, A(&m)[Run], A(&g)[Run]) {
       const int mark = room.mark[row];
       if (reset || mark >= 0)
 #pragma unroll
@@ -506,40 +494,45 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
       else if (p.grad_memory_in != nullptr)
         store_run<Run>(p.grad_memory_in + at, g);
       if (!rolls) return;
-      if (replays) {
+      if (replays)
         replay<Run>(p, start, t, b, first + row, column, m);
-      } else if (mark >= 0) {
+      else if (mark >= 0)
         load_run<Run>(p.history.erased_rows +
                           (p.scan.at(t, b) * s.chosen + mark) * static_cast<int64_t>(s.width) +
                           column,
                       m);
-      } else {
-#pragma unroll 4
-        for (int r = 0; r < s.heads; ++r) {
-          A content[Run];
-          load_run<Run>(vectors.contents + r * s.width + column, content);
-          add_scaled<Run>(m, -room.write[row * s.heads + r], content);
-        }
-      }
       store_run<Run>(p.memory + at, m);
     };
     if constexpr (!Many) {
+      A contents[G][Run];
+#pragma unroll
+      for (int i = 0; i < G; ++i)
+        load_run<Run>(vectors.contents + (i < heads ? i : 0) * s.width + own_column, contents[i]);
+      // Counted up, or the compiler works them out for every row.
+      int64_t at = of_tile + group * s.width + own_column;
+      int in_tile = group * split.stride + own_column;
 #pragma unroll 1
       for (int row = group; group < groups && row < present; row += groups) {
-        A m[Run], g[Run];
-        load_run<Run>(memory + row * split.stride + own_column, m);
-        load_run<Run>(grad + row * split.stride + own_column, g);
+        A m[Run], g[Run], x[G], write[G];
+        load_run<Run>(memory + in_tile, m);
+        load_run<Run>(grad + in_tile, g);
+        load_run<G>(room.x + row * G, x);
+        load_run<G>(room.write + row * G, write);
 #pragma unroll
         for (int i = 0; i < G; ++i) {
-          const int item = row * s.heads + (i < s.heads ? i : 0);
-          add_scaled<Run>(key_sums[i], room.x[item], m);
-          add_scaled<Run>(content_sums[i], room.write[item], g);
+          add_scaled<Run>(key_sums[i], x[i], m);
+          add_scaled<Run>(content_sums[i], write[i], g);
         }
-        step_back(row, own_column, m, g);
+#pragma unroll
+        for (int i = 0; i < G; ++i)
+          if (i < heads) add_scaled<Run>(m, -write[i], contents[i]);
+        step_back(row, own_column, at, m, g);
+        at += groups * s.width;
+        in_tile += groups * split.stride;
       }
     } else {
       // More heads or columns than registers hold: sums are kept in global memory.
-      const int head_groups = (s.heads + G - 1) / G;
+      const int head_groups = (heads + G - 1) / G;
 #pragma unroll 1
       for (int item = thread; item < head_groups * runs; item += kThreads) {
         const int head = item / runs * G, column = item % runs * Run;
@@ -551,15 +544,22 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
           load_run<Run>(grad + row * split.stride + column, g);
 #pragma unroll
           for (int i = 0; i < G; ++i) {
-            const int at = row * s.heads + min(head + i, s.heads - 1);
+            const int at = row * heads + min(head + i, heads - 1);
             add_scaled<Run>(key_sum[i], room.x[at], m);
             add_scaled<Run>(content_sum[i], room.write[at], g);
           }
-          if (head == 0) step_back(row, column, m, g);
+          if (head > 0) continue;
+#pragma unroll 1
+          for (int r = 0; r < heads; ++r) {
+            A content[Run];
+            load_run<Run>(vectors.contents + r * s.width + column, content);
+            add_scaled<Run>(m, -room.write[row * heads + r], content);
+          }
+          step_back(row, column, of_tile + row * s.width + column, m, g);
         }
 #pragma unroll
         for (int i = 0; i < G; ++i)
-          if (head + i < s.heads) {
+          if (head + i < heads) {
             A* kept = sums + (head + i) * p.head_stride() + column;
 #pragma unroll
             for (int j = 0; j < Run; ++j) {
@@ -585,7 +585,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
         for (int g = 0; g < G; ++g)
           store_run<Run>(room.sums + (group * G + g) * s.width + own_column, of_thread[g]);
       __syncthreads();
-      for (int i = thread; i < s.heads * s.width; i += kThreads) {
+      for (int i = thread; i < heads * s.width; i += kThreads) {
         const int r = i / s.width, column = i % s.width;
         A sum = 0;
         for (int k = 0; k < groups; ++k) sum += room.sums[(k * G + r) * s.width + column];
@@ -596,10 +596,9 @@ __global__ __launch_bounds__(kThreads, kBlocks<A>) void backward_pass(const Back
     reduce(content_sums, s.width);
   }
   __syncthreads();
-  for (int i = thread; i < s.heads * kSums; i += kThreads) {
-    A sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += room.warp_sums[w * s.heads * kSums + i];
-    sums[i / kSums * p.head_stride() + 2 * s.width + i % kSums] = sum;
+  for (int i = warp; i < kSums * heads; i += kWarps) {
+    const A sum = sum_of_rows(room.row_sums + i * split.rows, split.rows);
+    if (lane_of_warp == 0) sums[i % heads * p.head_stride() + 2 * s.width + i / heads] = sum;
   }
 }
 
@@ -614,14 +613,14 @@ void backward_streaming(const Backward<A, S>& arguments, const Tensor& like, boo
   const Sizes& s = p.scan.sizes;
   const ScalarType acc = accumulation_dtype(like.scalar_type());
   const bool apart = p.scan.contents != p.scan.keys;
-  const auto bytes = [&](const Split& split) {
-    return BackwardRoom<A>(s, split, apart, nullptr).bytes;
-  };
-  p.split = make_split(s, vectors, sizeof(A), bytes);
-  const size_t shared_bytes = static_cast<size_t>(bytes(p.split));
-  for_pass(s, vectors, [&](auto group, auto many, auto aligned_rows) {
-    constexpr auto kPass = backward_pass<A, S, decltype(group)::value,
-                                         decltype(aligned_rows)::value, decltype(many)::value>;
+  for_pass(s, vectors, [&](auto heads_of_pass, auto aligned) {
+    using H = decltype(heads_of_pass);
+    constexpr auto kPass = backward_pass<A, S, H, decltype(aligned)::value>;
+    const auto bytes = [&](const Split& split) {
+      return BackwardRoom<A>(s, split, H::room(s.heads), apart, nullptr).bytes;
+    };
+    p.split = make_split(s, vectors, sizeof(A), bytes);
+    const size_t shared_bytes = static_cast<size_t>(bytes(p.split));
     p.split.blocks = share_blocks(s.batch, blocks_per_multiprocessor<kPass>(kThreads, shared_bytes),
                                   p.split.tiles);
     const int64_t of_memory = s.steps == 1 || p.scan.snapshot_every == 1 ? 0 : s.batch;
