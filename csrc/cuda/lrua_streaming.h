@@ -142,12 +142,11 @@ Split make_split(const Sizes& s, bool vectors, int64_t number_bytes, Bytes&& byt
   return split;
 }
 
-// How many heads a pass works on, known to the compiler as far as it helps.
+// How many heads a pass works on, known to the compiler as far as it helps. IsExact: Group of them.
 template <int Group, bool IsExact, bool IsMany>
 struct Heads {
-  static constexpr int kGroup = Group;     // at a time
-  static constexpr bool kExact = IsExact;  // there are Group heads
-  static constexpr bool kMany = IsMany;    // more heads, or columns, than registers hold
+  static constexpr int kGroup = Group;   // at a time
+  static constexpr bool kMany = IsMany;  // more heads, or columns, than registers hold
   // Heads there are, and those that the numbers of a row have room for.
   static __host__ __device__ int count(int heads) { return IsExact ? Group : heads; }
   static __host__ __device__ int room(int heads) { return IsMany ? heads : Group; }
