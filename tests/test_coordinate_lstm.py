@@ -62,6 +62,18 @@ def test_float64_is_the_reference(size):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("zeros", [slice(0), slice(3, 4), slice(3, 5), slice(1, None), slice(None)])
+def test_coordinates_without_a_gradient(zeros):
+    """Run once for all of them: none, one, some, all but one, all."""
+    tensors = inputs(3, 700, 4)
+    tensors[0] = tensors[0].abs() + 1e-9
+    tensors[0][:, zeros] = 0
+    for got, expected in zip(
+        run(coordinate_lstm, tensors), run(reference.coordinate_lstm, tensors), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
 @sizes
 def test_float32_is_as_exact_as_the_reference_in_float32(size):
     tensors = inputs(*size, dtype=torch.float32)

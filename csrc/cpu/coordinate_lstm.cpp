@@ -18,6 +18,48 @@ const Kernels& kernels(ScalarType dtype) {
   return MANN_EXT_CALL_BEST(coordinate_lstm_kernels, dtype == ScalarType::Double);
 }
 
+// The coordinates that the kernels are run for: those with a gradient other than 0 and, last, one
+// for all that have none. Dead units leave a third of a trained network's coordinates without, and
+// these all come to the same.
+template <class A>
+class Distinct {
+ public:
+  Distinct(const Sizes& n, const A* gradients)
+      : gradients_(gradients), coordinates_(n.coordinates) {
+    std::vector<uint8_t> any(static_cast<size_t>(n.coordinates));
+    for (int64_t t = 0; t < n.steps; ++t)
+      for (int64_t p = 0; p < n.coordinates; ++p)
+        any[static_cast<size_t>(p)] |= gradients[t * n.coordinates + p] != A(0);
+    places_.resize(any.size());
+    for (size_t p = 0; p < any.size(); ++p) places_[p] = any[p] ? others_++ : -1;
+    if (!packed()) return;
+    packed_.resize(static_cast<size_t>(n.steps * size()));
+    for (int64_t t = 0; t < n.steps; ++t)
+      each([&](int64_t p, int64_t place) {
+        packed_[static_cast<size_t>(t * size() + place)] = gradients[t * n.coordinates + p];
+      });
+  }
+
+  int64_t size() const { return packed() ? others_ + 1 : coordinates_; }
+  bool packed() const { return others_ + 1 < coordinates_; }
+  const A* gradients() const { return packed() ? packed_.data() : gradients_; }
+
+  // f(coordinate, its place among these)
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t p = 0; p < coordinates_; ++p) {
+      const int64_t place = places_[static_cast<size_t>(p)];
+      f(p, place < 0 ? others_ : place);
+    }
+  }
+
+ private:
+  const A* gradients_;
+  int64_t coordinates_, others_ = 0;
+  std::vector<int64_t> places_;  // -1: all zero
+  std::vector<A> packed_;        // [T][size()]
+};
+
 // The weights as the kernels read them, and room for the sums of the chunks.
 struct Packed {
   Packed(const Kernels& k, int64_t hidden, const Tensor& weights, int64_t partial_bytes)
@@ -36,48 +78,59 @@ struct Packed {
 };
 
 // What both directions are given; each adds what is its own.
-Arguments arguments(const Sizes& n, const Tensor& gradients, const Packed& packed,
+template <class A>
+Arguments arguments(const Sizes& n, const Distinct<A>& distinct, const Packed& packed,
                     const Tensor& output) {
   Arguments s{};
   s.steps = n.steps;
-  s.coordinates = n.coordinates;
+  s.coordinates = distinct.size();
   s.hidden = n.hidden;
-  s.gradients = gradients.const_data_ptr();
+  s.gradients = distinct.gradients();
   s.unit_weights = packed.units;
   s.state_weights = packed.state;
   s.output = output.const_data_ptr();
   return s;
 }
 
-Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
-  const Sizes n = check_arguments("coordinate_lstm", gradients, weights, output);
-  Tensor out = new_tensor(gradients, {n.coordinates}, gradients.scalar_type());
+int64_t chunks_of(int64_t coordinates) { return (coordinates + kChunk - 1) / kChunk; }
+
+template <class A>
+void forward(const Sizes& n, const Tensor& gradients, const Tensor& weights, const Tensor& output,
+             A* out) {
   const Kernels& k = kernels(gradients.scalar_type());
+  const Distinct<A> distinct(n, static_cast<const A*>(gradients.const_data_ptr()));
   const Packed packed(k, n.hidden, weights, 0);
-  Arguments s = arguments(n, gradients, packed, output);
-  s.out = out.mutable_data_ptr();
-  parallel((n.coordinates + kChunk - 1) / kChunk, [&](int64_t first, int64_t end) {
+  Arguments s = arguments(n, distinct, packed, output);
+  std::vector<A> made(distinct.packed() ? static_cast<size_t>(distinct.size()) : 0);
+  s.out = distinct.packed() ? made.data() : out;
+  parallel(chunks_of(s.coordinates), [&](int64_t first, int64_t end) {
     const lrua::Scratch room = lrua::allocate(k.room(n.steps, n.hidden, false) * k.bytes);
     k.forward(s, room.get(), first, end);
   });
-  return out;
+  if (distinct.packed())
+    distinct.each([&](int64_t p, int64_t place) { out[p] = made[static_cast<size_t>(place)]; });
 }
 
-std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor gradients,
-                                                    Tensor weights, Tensor output) {
-  const Sizes n = check_backward("coordinate_lstm_backward", grad_out, gradients, weights, output);
-  const int64_t H = n.hidden;
-  const ScalarType dtype = gradients.scalar_type();
-  Tensor grad_weights = new_tensor(gradients, {4 * H, H + kExtra}, dtype);
-  Tensor grad_output = new_tensor(gradients, {H + 1}, dtype);
-  const Kernels& k = kernels(dtype);
-  const int64_t chunks = (n.coordinates + kChunk - 1) / kChunk, size = partial_size(H);
-  const Packed packed(k, H, weights, chunks * size * static_cast<int64_t>(sizeof(double)));
-  Arguments s = arguments(n, gradients, packed, output);
-  s.grad_out = grad_out.const_data_ptr();
+template <class A>
+void backward(const Sizes& n, const A* grad_out, const Tensor& gradients, const Tensor& weights,
+              const Tensor& output, A* grad_weights, A* grad_output) {
+  const Kernels& k = kernels(gradients.scalar_type());
+  const Distinct<A> distinct(n, static_cast<const A*>(gradients.const_data_ptr()));
+  const int64_t chunks = chunks_of(distinct.size()), size = partial_size(n.hidden);
+  const Packed packed(k, n.hidden, weights, chunks * size * static_cast<int64_t>(sizeof(double)));
+  Arguments s = arguments(n, distinct, packed, output);
+  std::vector<A> grads;
+  if (distinct.packed()) {
+    std::vector<double> totals(static_cast<size_t>(distinct.size()), 0.0);
+    distinct.each([&](int64_t p, int64_t place) {
+      totals[static_cast<size_t>(place)] += static_cast<double>(grad_out[p]);
+    });
+    grads.assign(totals.begin(), totals.end());
+  }
+  s.grad_out = distinct.packed() ? grads.data() : grad_out;
   s.partial = packed.partial;
   parallel(chunks, [&](int64_t first, int64_t end) {
-    const lrua::Scratch room = lrua::allocate(k.room(n.steps, H, true) * k.bytes);
+    const lrua::Scratch room = lrua::allocate(k.room(n.steps, n.hidden, true) * k.bytes);
     k.backward(s, room.get(), first, end);
   });
   // In the order of the chunks, so that the sums do not depend on the threads.
@@ -85,14 +138,36 @@ std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor grad
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     for (int64_t i = 0; i < size; ++i)
       sums[static_cast<size_t>(i)] += packed.partial[chunk * size + i];
-  const auto split = sums.begin() + weight_gradients(H);
-  if (dtype == ScalarType::Double) {
-    std::copy(sums.begin(), split, static_cast<double*>(grad_weights.mutable_data_ptr()));
-    std::copy(split, sums.end(), static_cast<double*>(grad_output.mutable_data_ptr()));
-  } else {
-    std::copy(sums.begin(), split, static_cast<float*>(grad_weights.mutable_data_ptr()));
-    std::copy(split, sums.end(), static_cast<float*>(grad_output.mutable_data_ptr()));
-  }
+  const auto split = sums.begin() + weight_gradients(n.hidden);
+  std::copy(sums.begin(), split, grad_weights);
+  std::copy(split, sums.end(), grad_output);
+}
+
+Tensor coordinate_lstm(Tensor gradients, Tensor weights, Tensor output) {
+  const Sizes n = check_arguments("coordinate_lstm", gradients, weights, output);
+  Tensor out = new_tensor(gradients, {n.coordinates}, gradients.scalar_type());
+  void* data = out.mutable_data_ptr();
+  if (gradients.scalar_type() == ScalarType::Double)
+    forward(n, gradients, weights, output, static_cast<double*>(data));
+  else
+    forward(n, gradients, weights, output, static_cast<float*>(data));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> coordinate_lstm_backward(Tensor grad_out, Tensor gradients,
+                                                    Tensor weights, Tensor output) {
+  const Sizes n = check_backward("coordinate_lstm_backward", grad_out, gradients, weights, output);
+  const ScalarType dtype = gradients.scalar_type();
+  Tensor grad_weights = new_tensor(gradients, {4 * n.hidden, n.hidden + kExtra}, dtype);
+  Tensor grad_output = new_tensor(gradients, {n.hidden + 1}, dtype);
+  const auto run = [&]<class A>(const A* grad) {
+    backward(n, grad, gradients, weights, output, static_cast<A*>(grad_weights.mutable_data_ptr()),
+             static_cast<A*>(grad_output.mutable_data_ptr()));
+  };
+  if (dtype == ScalarType::Double)
+    run(static_cast<const double*>(grad_out.const_data_ptr()));
+  else
+    run(static_cast<const float*>(grad_out.const_data_ptr()));
   return {grad_weights, grad_output};
 }
 

@@ -263,7 +263,7 @@ struct CoordinateLSTM {
   static void add_products(const Block& b, int64_t j, int64_t k) {
     A* kept = b.sums + (j * b.columns + k) * kGates * kLanesHere;
     V sums[kGates][4] = {};
-    for (int64_t t = 0; t < b.steps; ++t) {
+    for (int64_t t = k + 4 <= b.hidden ? 1 : 0; t < b.steps; ++t) {  // h_0 = 0
       const A *grad = b.gate(t, j), *x = b.input(t, k);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v, grad += kLanesHere, x += kLanesHere) {
