@@ -228,7 +228,7 @@ def tiny_reproduction(name: str) -> Reproduction:
     entry = REPRODUCTIONS[name]
     runs = []
     for run in entry.runs:
-        tasks = replace(run.config.episodes, synthetic_classes=60, queries=2)
+        tasks = replace(run.config.episodes, synthetic_classes=60, queries=2, train_queries=2)
         config = replace(
             run.config,
             episodes=tasks,

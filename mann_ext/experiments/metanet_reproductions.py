@@ -44,8 +44,9 @@ _SAME = (
     "All learners are trained on tasks of the same kind, one an update, by Adam at 0.001 falling "
     "by a cosine, and measured on the same held-out tasks, 10 queries a class; how many tasks each "
     "was trained on is in the last column, 20,000 where the command gives no time. A MetaNet reads "
-    "its fast weights with a strength of 30; the paper has none, which is 1. With more than 5 "
-    "classes a training task has 5 queries a class and d sees the 5 examples of the largest loss."
+    "its fast weights with a strength of 30; the paper has none, which is 1. A training task "
+    "has 5 queries a class, and d sees the 2 examples of the largest loss, with more than 5 classes "
+    "5. (Where the JSON has no train_queries, it was 10 queries, and all examples.)"
 )
 
 
