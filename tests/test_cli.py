@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -156,6 +157,40 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert "train PRESET" in done.stdout
     assert all(name in done.stdout for name in PRESETS)
+
+
+FAULTS = """
+import resource
+import sys
+
+import torch
+
+from mann_ext import cli
+
+if sys.argv[1] == "kept":
+    cli.main(["train", "--help"])
+
+
+def minibatch():
+    return len([torch.ones(6 << 20) for _ in range(5)])
+
+
+minibatch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    minibatch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
+def test_freed_memory_is_kept_for_the_next_minibatch() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return int(done.stdout.split()[-1])
+
+    assert faults("kept") < faults("given back") / 2
 
 
 def test_info_prints_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
