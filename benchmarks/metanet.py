@@ -21,10 +21,12 @@ QUERIES = 10
 def net(
     model: FastSequential, image: Tensor, *fast: list[Tensor], features: bool = False
 ) -> Tensor:
-    """A CNN on one image, with fast weights for each of its layers, in order."""
+    """A CNN on one image, with fast weights for each of its layers, in order; ``features``: up to
+    its hidden layer. No ReLU at the end."""
     layers = [layer for layer in model if isinstance(layer, (FastConv2d, FastLinear))]
+    layers = layers[:-1] if features else layers
     x = image.unsqueeze(0)
-    for i, layer in enumerate(layers[:-1] if features else layers):
+    for i, layer in enumerate(layers):
         if isinstance(layer, FastConv2d):
             out = [F.conv2d(x, w, padding=1).relu() for w in (layer.weight, *(f[i] for f in fast))]
             x = F.max_pool2d(sum(out, torch.zeros(())), 2, ceil_mode=True)

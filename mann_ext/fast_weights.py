@@ -69,13 +69,17 @@ class FastLinear(nn.Linear):
         Raises:
             ValueError: fast weights of another shape.
         """
+        return _combine(self.parts(x, *fast), self.activation)
+
+    def parts(self, x: Tensor, *fast: Tensor) -> list[Tensor]:
+        """What the activation is applied to: by the slow weights, and by each fast one."""
         parts = [F.linear(x, self.weight, self.bias)]
         for weight in fast:
             if _is_shared("FastLinear", weight, self.weight, x):
                 parts.append(F.linear(x, weight))
             else:
                 parts.append(torch.bmm(weight, x.unsqueeze(-1)).squeeze(-1))
-        return _combine(parts, self.activation)
+        return parts
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

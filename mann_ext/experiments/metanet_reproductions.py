@@ -45,8 +45,9 @@ _SAME = (
     "by a cosine, and measured on the same held-out tasks, 10 queries a class; how many tasks each "
     "was trained on is in the last column, 20,000 where the command gives no time. A MetaNet reads "
     "its fast weights with a strength of 30; the paper has none, which is 1. A training task "
-    "has 5 queries a class, and d sees the 2 examples of the largest loss, with more than 5 "
-    "classes 5. (Where the JSON has no train_queries, it was 10 queries, and all examples.)"
+    "has 5 queries a class, and d sees the 2 examples of the largest loss. Results of before "
+    "2026-11-22 13:00 are of an earlier MetaNet, whose keys went through a ReLU; their JSON says "
+    "how many queries and examples there were."
 )
 
 

@@ -129,13 +129,12 @@ def with_model(config: SupportQueryConfig, kind: Kind, variant: Variant) -> Supp
 def with_ways(config: SupportQueryConfig, ways: int) -> SupportQueryConfig:
     """The same on tasks of so many classes.
 
-    In training with 5 queries a class, and task-level fast weights of two examples, with more than
-    five classes of five: an update takes less than half the time, and as many of them teach as
-    much.
+    In training with 5 queries a class, and with task-level fast weights of two examples: an update
+    takes half the time or less, and as many of them teach as much.
     """
     return replace(
         config,
-        model=replace(config.model, task_examples=2 if ways <= 5 else 5),
+        model=replace(config.model, task_examples=2),
         episodes=replace(config.episodes, ways=ways, train_queries=5),
     )
 
