@@ -168,7 +168,7 @@ class MetaNet(nn.Module):
         """A copy for tasks of another number of classes.
 
         Labels are given to classes at random, so the slow output weights of one class are as good
-        as another's: those of further classes repeat the first ones.
+        as another's: those of further classes are the mean of them all.
         """
         _inputs.check_sizes("MetaNet", ways=ways)
         model = copy.deepcopy(self)
@@ -176,9 +176,10 @@ class MetaNet(nn.Module):
         for net in (model.base, model.embedding):
             layer = net[-1]
             assert isinstance(layer, FastLinear)
-            rows = torch.arange(ways, device=layer.weight.device) % layer.out_features
+            known = layer.weight.detach()
+            further = known.mean(0).expand(max(ways - len(known), 0), -1)
             layer.weight = nn.Parameter(
-                layer.weight.detach()[rows], requires_grad=layer.weight.requires_grad
+                torch.cat([known[:ways], further]), requires_grad=layer.weight.requires_grad
             )
             layer.out_features = ways
         return model
