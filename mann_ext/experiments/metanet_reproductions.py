@@ -110,8 +110,8 @@ TRANSFER = Reproduction(
     description="trained on N classes a task and tested on K, up to 100",
     paper=(
         "Trained on tasks of N classes, tested on tasks of K. The slow weights of the output "
-        "layers of a MetaNet for classes beyond N are the mean of those it has (in results of before "
-        "2026-11-22 15:10 they repeat); fast weights make the rest. "
+        "layers of a MetaNet for classes beyond N are the mean of those it has (in results of "
+        "before 2026-11-22 15:10 they repeat); fast weights make the rest. "
         f"{_SAME} Tasks of 100 classes have 2 queries a class."
     ),
     runs=tuple(
