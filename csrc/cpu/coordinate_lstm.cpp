@@ -24,40 +24,34 @@ const Kernels& kernels(ScalarType dtype) {
 template <class A>
 class Distinct {
  public:
-  Distinct(const Sizes& n, const A* gradients)
-      : gradients_(gradients), coordinates_(n.coordinates) {
+  Distinct(const Sizes& n, const A* gradients) {
     std::vector<uint8_t> any(static_cast<size_t>(n.coordinates));
     for (int64_t t = 0; t < n.steps; ++t)
       for (int64_t p = 0; p < n.coordinates; ++p)
         any[static_cast<size_t>(p)] |= gradients[t * n.coordinates + p] != A(0);
     places_.resize(any.size());
     for (size_t p = 0; p < any.size(); ++p) places_[p] = any[p] ? others_++ : -1;
-    if (!packed()) return;
-    packed_.resize(static_cast<size_t>(n.steps * size()));
+    gradients_.resize(static_cast<size_t>(n.steps * size()));
     for (int64_t t = 0; t < n.steps; ++t)
       each([&](int64_t p, int64_t place) {
-        packed_[static_cast<size_t>(t * size() + place)] = gradients[t * n.coordinates + p];
+        gradients_[static_cast<size_t>(t * size() + place)] = gradients[t * n.coordinates + p];
       });
   }
 
-  int64_t size() const { return packed() ? others_ + 1 : coordinates_; }
-  bool packed() const { return others_ + 1 < coordinates_; }
-  const A* gradients() const { return packed() ? packed_.data() : gradients_; }
+  int64_t size() const { return others_ + 1; }
+  const A* gradients() const { return gradients_.data(); }
 
   // f(coordinate, its place among these)
   template <class F>
   void each(const F& f) const {
-    for (int64_t p = 0; p < coordinates_; ++p) {
-      const int64_t place = places_[static_cast<size_t>(p)];
-      f(p, place < 0 ? others_ : place);
-    }
+    for (size_t p = 0; p < places_.size(); ++p)
+      f(static_cast<int64_t>(p), places_[p] < 0 ? others_ : places_[p]);
   }
 
  private:
-  const A* gradients_;
-  int64_t coordinates_, others_ = 0;
+  int64_t others_ = 0;
   std::vector<int64_t> places_;  // -1: all zero
-  std::vector<A> packed_;        // [T][size()]
+  std::vector<A> gradients_;     // [T][size()]
 };
 
 // The weights as the kernels read them, and room for the sums of the chunks.
@@ -101,14 +95,13 @@ void forward(const Sizes& n, const Tensor& gradients, const Tensor& weights, con
   const Distinct<A> distinct(n, static_cast<const A*>(gradients.const_data_ptr()));
   const Packed packed(k, n.hidden, weights, 0);
   Arguments s = arguments(n, distinct, packed, output);
-  std::vector<A> made(distinct.packed() ? static_cast<size_t>(distinct.size()) : 0);
-  s.out = distinct.packed() ? made.data() : out;
+  std::vector<A> made(static_cast<size_t>(distinct.size()));
+  s.out = made.data();
   parallel(chunks_of(s.coordinates), [&](int64_t first, int64_t end) {
     const lrua::Scratch room = lrua::allocate(k.room(n.steps, n.hidden, false) * k.bytes);
     k.forward(s, room.get(), first, end);
   });
-  if (distinct.packed())
-    distinct.each([&](int64_t p, int64_t place) { out[p] = made[static_cast<size_t>(place)]; });
+  distinct.each([&](int64_t p, int64_t place) { out[p] = made[static_cast<size_t>(place)]; });
 }
 
 template <class A>
@@ -119,15 +112,12 @@ void backward(const Sizes& n, const A* grad_out, const Tensor& gradients, const 
   const int64_t chunks = chunks_of(distinct.size()), size = partial_size(n.hidden);
   const Packed packed(k, n.hidden, weights, chunks * size * static_cast<int64_t>(sizeof(double)));
   Arguments s = arguments(n, distinct, packed, output);
-  std::vector<A> grads;
-  if (distinct.packed()) {
-    std::vector<double> totals(static_cast<size_t>(distinct.size()), 0.0);
-    distinct.each([&](int64_t p, int64_t place) {
-      totals[static_cast<size_t>(place)] += static_cast<double>(grad_out[p]);
-    });
-    grads.assign(totals.begin(), totals.end());
-  }
-  s.grad_out = distinct.packed() ? grads.data() : grad_out;
+  std::vector<double> totals(static_cast<size_t>(distinct.size()), 0.0);
+  distinct.each([&](int64_t p, int64_t place) {
+    totals[static_cast<size_t>(place)] += static_cast<double>(grad_out[p]);
+  });
+  const std::vector<A> grads(totals.begin(), totals.end());
+  s.grad_out = grads.data();
   s.partial = packed.partial;
   parallel(chunks, [&](int64_t first, int64_t end) {
     const lrua::Scratch room = lrua::allocate(k.room(n.steps, n.hidden, true) * k.bytes);
