@@ -427,9 +427,9 @@ def test_a_batch_costs_a_small_part_of_a_training_step(glyphs):
     try:
         times = []
         for _ in range(60):
-            start = time.perf_counter()
+            start = time.thread_time()  # other tests run beside this one
             sampler.sample()
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
     assert statistics.median(times) < 5e-3

@@ -40,16 +40,12 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 }
 """Reproduction -> row -> column -> accuracy in percent; absent where it is not known."""
 
-_EARLIER = (
-    "Results of before 2026-11-22 13:00 are of an earlier MetaNet, whose keys went through a ReLU; "
-    "their JSON says how many queries and examples there were."
-)
 _SAME = (
     "All learners are trained on tasks of the same kind, one an update, by Adam at 0.001 falling "
     "by a cosine, and measured on the same held-out tasks, 10 queries a class; how many tasks each "
     "was trained on is in the last column, 20,000 where the command gives no time. A MetaNet reads "
     "its fast weights with a strength of 30; the paper has none, which is 1. A training task "
-    "has 5 queries a class, and d sees the 2 examples of the largest loss. " + _EARLIER
+    "has 5 queries a class, and d sees the 2 examples of the largest loss."
 )
 
 
@@ -111,9 +107,8 @@ TRANSFER = Reproduction(
     name="metanet-transfer",
     description="trained on N classes a task and tested on K, up to 100",
     paper=(
-        "Trained on tasks of N classes, tested on tasks of K. The slow weights of the output "
-        "layers of a MetaNet for classes beyond N are the mean of those it has (in results of "
-        "before 2026-11-22 15:10 they repeat); fast weights make the rest. "
+        "Trained on tasks of N classes, tested on tasks of K. Where K is not N, all rows of a "
+        "MetaNet's slow output weights are their mean, and fast weights tell the classes apart. "
         f"{_SAME} Tasks of 100 classes have 2 queries a class."
     ),
     runs=tuple(
@@ -131,7 +126,7 @@ FIXED_BASE = Reproduction(
         "replaced by one with other, random slow weights that are never trained, and 32 or 128 "
         "filters; its fast weights come from the meta learner that was trained with the old one. "
         "The interval is over ten draws of the new slow weights; for the base learner that was "
-        f"trained, over the tasks. {_EARLIER}"
+        "trained, over the tasks."
     ),
     runs=_runs(FIVE_WAY, ("metanet-minus", "metanet", "metanet-plus"), (5,), "metanet-{ways}way"),
     module="mann_ext.experiments.metanet_fixed_base",
@@ -145,7 +140,7 @@ CONTINUAL = Reproduction(
         "between +1.24 and -1.7 % in the paper. Here: a MetaNet trained on Omniglot gets new slow "
         "weights for MNIST and keeps its meta weights; all are trained on MNIST; now and then the "
         "meta weights of that moment are put back beside the slow weights for Omniglot, and "
-        f"measured there on the same held-out tasks as before MNIST. {_EARLIER}"
+        "measured there on the same held-out tasks as before MNIST."
     ),
     runs=_runs(FIVE_WAY, ("metanet",), (5,), "metanet-{ways}way"),
     module="mann_ext.experiments.metanet_continual",

@@ -168,7 +168,7 @@ class MetaNet(nn.Module):
         """A copy for tasks of another number of classes.
 
         Labels are given to classes at random, so the slow output weights of one class are as good
-        as another's: those of further classes are the mean of them all.
+        as another's: for another number of classes all of them are their mean.
         """
         _inputs.check_sizes("MetaNet", ways=ways)
         model = copy.deepcopy(self)
@@ -176,11 +176,10 @@ class MetaNet(nn.Module):
         for net in (model.base, model.embedding):
             layer = net[-1]
             assert isinstance(layer, FastLinear)
-            known = layer.weight.detach()
-            further = known.mean(0).expand(max(ways - len(known), 0), -1)
-            layer.weight = nn.Parameter(
-                torch.cat([known[:ways], further]), requires_grad=layer.weight.requires_grad
-            )
+            if ways == layer.out_features:
+                continue
+            mean = layer.weight.detach().mean(0).repeat(ways, 1)
+            layer.weight = nn.Parameter(mean, requires_grad=layer.weight.requires_grad)
             layer.out_features = ways
         return model
 
