@@ -427,7 +427,7 @@ def test_a_batch_costs_a_small_part_of_a_training_step(glyphs):
     try:
         times = []
         for _ in range(60):
-            start = time.thread_time()  # other tests run beside this one
+            start = time.thread_time()  # its own: other processes take turns
             sampler.sample()
             times.append(time.thread_time() - start)
     finally:
