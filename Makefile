@@ -30,7 +30,8 @@ demo: $(VENV)/.installed-demo ## train a small MANN on Omniglot, a few minutes
 
 # Threads wait asleep: beside another busy process those that spin take many times as long.
 test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS="-k lrua" for some of them)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+	  $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev ## measure the operators (BENCH="lrua --json results.json")
 	$(BIN)/python -m benchmarks $(BENCH)
