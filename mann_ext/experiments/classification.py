@@ -186,9 +186,10 @@ def _by_instance(reproduction: Reproduction, results: Results) -> Figure:
             xticks=range(1, INSTANCES + 1), title=_words(setting),
         )  # fmt: skip
         axes.grid(alpha=0.25)
-        axes.legend(
-            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False
-        )
+        if axes.get_legend_handles_labels()[0]:  # nothing is drawn before the first run is done
+            axes.legend(
+                fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False
+            )
     return figure
 
 
