@@ -312,6 +312,23 @@ def test_reproductions_share_training_runs_and_test_on_other_numbers_of_classes(
     assert "| MetaNet, trained 5-way, paper | 98.95 |  | 96.40 | 93.60 | 93.07 |  |" in page
 
 
+def test_tasks_of_more_classes_are_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[int | None, tuple[int, int | None]] = {}
+    held_out_tasks = SupportQuery.held_out_tasks
+
+    def recorded(
+        self: SupportQuery, tasks: int, ways: int | None = None, queries: int | None = None
+    ) -> Any:
+        asked[ways] = (tasks, queries)
+        return held_out_tasks(self, 1, 5, 1)
+
+    monkeypatch.setattr(SupportQuery, "held_out_tasks", recorded)
+    run = next(run for run in REPRODUCTIONS["metanet-transfer"].runs if run.name == "protonet-5")
+    config = replace(run.config, episodes=replace(run.config.episodes, source="synthetic"))
+    metanet_transfer.measure(run, config, None, 300)
+    assert asked == {5: (300, 10), 10: (150, 10), 15: (100, 10), 20: (75, 10), 100: (75, 2)}
+
+
 def test_a_row_says_how_long_each_of_its_models_was_trained() -> None:
     entry = REPRODUCTIONS["metanet-omniglot"]
     results = {

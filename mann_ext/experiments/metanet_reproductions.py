@@ -109,7 +109,8 @@ TRANSFER = Reproduction(
     paper=(
         "Trained on tasks of N classes, tested on tasks of K. Where K is not N, all rows of a "
         "MetaNet's slow output weights are their mean, and fast weights tell the classes apart. "
-        f"{_SAME} Tasks of 100 classes have 2 queries a class."
+        f"{_SAME} Tasks of 100 classes have 2 queries a class. The number of held-out tasks is "
+        "that of 5 classes; of more classes they are fewer, with as many queries in all."
     ),
     runs=tuple(
         replace(run, label=f"{run.label}, trained {run.config.episodes.ways}-way")
@@ -149,8 +150,24 @@ CONTINUAL = Reproduction(
 TO_MNIST = Reproduction(
     name="metanet-mnist",
     description="trained on Omniglot, tested on one-shot tasks of the ten digits of MNIST",
-    paper=f"One-shot accuracy on the ten digits of MNIST's test set after Omniglot alone. {_SAME}",
-    runs=_runs(FIVE_WAY, ALL, (10,), "metanet-{ways}way"),
+    paper=(
+        f"One-shot accuracy on the ten digits of MNIST's test set after Omniglot alone. {_SAME} "
+        "The last MetaNet is that of the standard split: half of its training images are turned, "
+        "sheared, stretched and shifted a little."
+    ),
+    runs=(
+        *_runs(FIVE_WAY, ALL, (10,), "metanet-{ways}way"),
+        *(
+            replace(run, label=f"{run.label}, trained 20-way")
+            for run in _runs(FIVE_WAY, ("metanet",), (20,), "metanet-{ways}way")
+        ),
+        *(
+            replace(
+                run, name="metanet-standard-20", label=f"{run.label}, trained 20-way, distorted"
+            )
+            for run in _runs(STANDARD, ("metanet",), (20,), "metanet-standard-{ways}way")
+        ),
+    ),
     module="mann_ext.experiments.metanet_mnist",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ MOST_QUERIES = 200
 
 
 def measure(run: Run, config: Any, trained: Path | None, episodes: int) -> dict[str, Any]:
-    """Accuracy on held-out tasks of each number of classes."""
+    """Accuracy on held-out tasks of each number of classes: so many of the fewest, and of more
+    classes as many as have as many queries in all."""
 
     def test(task: SupportQuery, model: nn.Module) -> Shares:
         found = {}
         for ways in TEST_WAYS:
             queries = min(config.episodes.queries, max(1, MOST_QUERIES // ways))
-            tasks = task.held_out_tasks(episodes, ways, queries)
+            share = min(1.0, TEST_WAYS[0] * config.episodes.queries / (ways * queries))
+            tasks = task.held_out_tasks(math.ceil(share * episodes), ways, queries)
             found[str(ways)] = task.accuracies(for_ways(model, ways), tasks)
         return found
 
