@@ -51,6 +51,9 @@ def content_read(
         Leading dimensions broadcast. Queries and strengths are cast to the accumulation dtype:
         float64 for float64 keys, else float32.
 
+        Made for many slots of up to a few hundred numbers. Of a few slots of many thousands, as
+        MetaNet's, take the weights alone and multiply: ``content_read(q, k).weights @ v``.
+
     Returns:
         reads (..., Q, V) and weights (..., Q, N) in the accumulation dtype, both differentiable.
 
