@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mann_ext.experiments.reproduction import Reproduction, Run
 from mann_ext.experiments.support_query import (
+    DISTORTED,
     FIVE_WAY,
     LEARNERS,
     MINI_IMAGENET,
@@ -48,6 +49,8 @@ _SAME = (
     "has 5 queries a class, and d sees the 2 examples of the largest loss."
 )
 
+_CHANGED = "are turned, sheared, stretched and shifted a little"
+
 
 def _minutes(learner: str, ways: int) -> float:
     """About how long training and measuring take on two cores."""
@@ -81,9 +84,18 @@ OMNIGLOT = Reproduction(
     description="one-shot classification of 5 to 20 characters: MetaNet, its variants, baselines",
     paper=(
         "One-shot accuracy on Omniglot in the split of earlier work: 1,200 characters and their "
-        f"quarter turns for training, the others for testing. {_SAME}"
+        f"quarter turns for training, the others for testing. {_SAME} In rows called distorted "
+        f"half of the training images {_CHANGED}."
     ),
-    runs=_runs(FIVE_WAY, ALL, WAYS, "metanet-{ways}way"),
+    runs=(
+        *_runs(FIVE_WAY, ALL, WAYS, "metanet-{ways}way"),
+        *(
+            replace(run, name=run.name.replace("-", "-distorted-"), label=f"{run.label}, distorted")
+            for run in _runs(
+                DISTORTED, ("metanet", "protonet"), WAYS, "metanet-distorted-{ways}way"
+            )
+        ),
+    ),
     module="mann_ext.experiments.metanet_results",
 )
 
@@ -93,11 +105,10 @@ STANDARD_SPLIT = Reproduction(
     paper=(
         "One-shot accuracy on the characters of Omniglot's evaluation set after training on the "
         f"background set and its quarter turns. {_SAME} In half of the training tasks all classes "
-        "are of one alphabet, and half of the training images are turned, sheared, stretched and "
-        "shifted a little. The 20 runs of 20-way classification of "
-        "Lake et al. (2015) show characters of one alphabet at a time, 20 images to classify each; "
-        "intervals are over the runs. People, Bayesian program learning and the siamese network of "
-        "the literature were measured on them."
+        f"are of one alphabet, and half of the training images {_CHANGED}. The 20 runs "
+        "of 20-way classification of Lake et al. (2015) show characters of one alphabet at a time, "
+        "20 images to classify each; intervals are over the runs. People, Bayesian program "
+        "learning and the siamese network of the literature were measured on them."
     ),
     runs=_runs(STANDARD, COMPARED, WAYS, "metanet-standard-{ways}way"),
     module="mann_ext.experiments.metanet_results",
@@ -152,8 +163,7 @@ TO_MNIST = Reproduction(
     description="trained on Omniglot, tested on one-shot tasks of the ten digits of MNIST",
     paper=(
         f"One-shot accuracy on the ten digits of MNIST's test set after Omniglot alone. {_SAME} "
-        "The last MetaNet is that of the standard split: half of its training images are turned, "
-        "sheared, stretched and shifted a little."
+        f"The last MetaNet is that of the standard split: half of its training images {_CHANGED}."
     ),
     runs=(
         *_runs(FIVE_WAY, ALL, (10,), "metanet-{ways}way"),

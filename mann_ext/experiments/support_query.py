@@ -143,6 +143,7 @@ MINI_IMAGENET = replace(FIVE_WAY, episodes=TasksConfig(source="miniimagenet", qu
 STANDARD = replace(
     FIVE_WAY, episodes=TasksConfig(split="background", same_alphabet=0.5, distort=True)
 )
+DISTORTED = replace(FIVE_WAY, episodes=TasksConfig(distort=True))
 
 WAYS = (5, 10, 15, 20)
 """Classes of a task in the paper's tables."""
@@ -167,6 +168,13 @@ PRESETS: dict[str, tuple[SupportQueryConfig, str]] = {
         f"metanet-standard-{ways}way": (
             with_ways(STANDARD, ways),
             f"MetaNet: 1 shot, {ways} classes, background and evaluation set",
+        )
+        for ways in WAYS
+    },
+    **{
+        f"metanet-distorted-{ways}way": (
+            with_ways(DISTORTED, ways),
+            f"MetaNet: 1 shot, {ways} classes, half of the training images distorted",
         )
         for ways in WAYS
     },
