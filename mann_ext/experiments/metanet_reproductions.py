@@ -59,17 +59,23 @@ def _minutes(learner: str, ways: int) -> float:
 
 
 def _runs(
-    base: SupportQueryConfig, learners: Iterable[str], ways: Iterable[int], preset: str
+    base: SupportQueryConfig,
+    learners: Iterable[str],
+    ways: Iterable[int],
+    preset: str,
+    kind: str = "",
+    label: str = "",
 ) -> tuple[Run, ...]:
     """A run for each learner and number of classes, such as ``metanet-5``; the configuration of the
     same name is the same in every reproduction on the same split, so that runs can be shared.
 
-    ``preset``: the preset's name with {ways} for the number.
+    ``preset``: the preset's name with {ways} for the number; ``kind`` and ``label`` follow the
+    learner's in the run's name and label, where one reproduction has it trained in several ways.
     """
     return tuple(
         Run(
-            f"{name}-{number}",
-            LEARNERS[name][0],
+            f"{name}{kind}-{number}",
+            LEARNERS[name][0] + label,
             with_model(with_ways(base, number), *LEARNERS[name][1:]),
             None if name == "knn" else preset.format(ways=number),
             _minutes(name, number),
@@ -89,11 +95,13 @@ OMNIGLOT = Reproduction(
     ),
     runs=(
         *_runs(FIVE_WAY, ALL, WAYS, "metanet-{ways}way"),
-        *(
-            replace(run, name=run.name.replace("-", "-distorted-"), label=f"{run.label}, distorted")
-            for run in _runs(
-                DISTORTED, ("metanet", "protonet"), WAYS, "metanet-distorted-{ways}way"
-            )
+        *_runs(
+            DISTORTED,
+            ("metanet", "protonet"),
+            WAYS,
+            "metanet-distorted-{ways}way",
+            kind="-distorted",
+            label=", distorted",
         ),
     ),
     module="mann_ext.experiments.metanet_results",
@@ -167,15 +175,14 @@ TO_MNIST = Reproduction(
     ),
     runs=(
         *_runs(FIVE_WAY, ALL, (10,), "metanet-{ways}way"),
-        *(
-            replace(run, label=f"{run.label}, trained 20-way")
-            for run in _runs(FIVE_WAY, ("metanet",), (20,), "metanet-{ways}way")
-        ),
-        *(
-            replace(
-                run, name="metanet-standard-20", label=f"{run.label}, trained 20-way, distorted"
-            )
-            for run in _runs(STANDARD, ("metanet",), (20,), "metanet-standard-{ways}way")
+        *_runs(FIVE_WAY, ("metanet",), (20,), "metanet-{ways}way", label=", trained 20-way"),
+        *_runs(
+            STANDARD,
+            ("metanet",),
+            (20,),
+            "metanet-standard-{ways}way",
+            kind="-standard",
+            label=", trained 20-way, distorted",
         ),
     ),
     module="mann_ext.experiments.metanet_mnist",

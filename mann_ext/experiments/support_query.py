@@ -161,20 +161,14 @@ LEARNERS: dict[str, tuple[str, Kind, Variant]] = {
 
 PRESETS: dict[str, tuple[SupportQueryConfig, str]] = {
     **{
-        f"metanet-{ways}way": (with_ways(FIVE_WAY, ways), f"MetaNet: 1 shot, {ways} classes")
-        for ways in WAYS
-    },
-    **{
-        f"metanet-standard-{ways}way": (
-            with_ways(STANDARD, ways),
-            f"MetaNet: 1 shot, {ways} classes, background and evaluation set",
+        f"metanet{kind}-{ways}way": (
+            with_ways(base, ways),
+            f"MetaNet: 1 shot, {ways} classes{what}",
         )
-        for ways in WAYS
-    },
-    **{
-        f"metanet-distorted-{ways}way": (
-            with_ways(DISTORTED, ways),
-            f"MetaNet: 1 shot, {ways} classes, half of the training images distorted",
+        for kind, base, what in (
+            ("", FIVE_WAY, ""),
+            ("-standard", STANDARD, ", background and evaluation set"),
+            ("-distorted", DISTORTED, ", half of the training images distorted"),
         )
         for ways in WAYS
     },
